@@ -1,0 +1,195 @@
+"""Adapters on a model and adapters in files: adding, loading and saving."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+
+from ..errors import InputError
+from ..files import save_tensors
+from ..models.checkpoints import read_header
+from .formats import FORMATS, Format, parse, serialize
+from .lora import component_configs, file_configs, inject, lora_layers, read_factors, write_factors
+from .metadata import describe, with_hashes
+from .naming import Components, ModuleTable
+from .strengths import active_adapters, adapter_layers, adapter_names
+
+DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
+
+
+def add_adapter(components: Components, config: peft.LoraConfig, adapter_name: str = "default") -> list[torch.nn.Parameter]:
+    """Put a new adapter for training on the model. Its parameters are float32 whatever the base's dtype.
+
+    All base weights are frozen. The new adapter acts beside those already active.
+
+    Returns:
+        The adapter's parameters, all that the model now trains of it.
+
+    Raises:
+        InputError: the name is taken, or a target pattern matches nothing.
+    """
+    _require_new(components, adapter_name)
+    if not isinstance(config, peft.LoraConfig):
+        raise InputError(f"config must be a LoraConfig, not {type(config).__name__}.")
+    configs = component_configs(config, ModuleTable(components))
+    active = active_adapters(components)
+    for model in components.values():
+        model.requires_grad_(False)
+    inject(components, configs, adapter_name)
+    parameters = adapter_parameters(components, adapter_name)
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    _activate(components, [*active, adapter_name])
+    return parameters
+
+
+def adapter_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
+    """The parameters of one adapter, in the model's order."""
+    return [
+        parameter
+        for model in components.values()
+        for _, layer in lora_layers(model, adapter_name)
+        for factor in (layer.lora_A, layer.lora_B)
+        for parameter in factor[adapter_name].parameters()
+    ]
+
+
+def load_adapter(components: Components, source: Source, adapter_name: str | None = None, **hub: Any) -> str:
+    """Load an adapter from a file, a folder, a hub repo or tensors, and let it act with strength 1.0.
+
+    Adapters already active stay so: nothing that was loaded is without effect until `set_adapters` says so. The
+    parameters take the base's dtype; with a float32 base nothing is rounded.
+
+    Args:
+        components: the stock models.
+        source: safetensors file; folder or hub repo with one (then `weight_name`, `subfolder`, `revision`, `token`,
+            `cache_dir`, `local_files_only` as in diffusers); or a mapping from key to tensor.
+        adapter_name: name for `set_adapters`; by default `default_0`, `default_1`, …
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        InputError: the file is not there, not an Anima adapter, or a key is not understood. Nothing was changed then.
+    """
+    if adapter_name is None:
+        adapter_name = f"default_{len(adapter_names(components))}"
+    _require_new(components, adapter_name)
+    if isinstance(source, Mapping):
+        tensors, metadata, label = dict(source), {}, "the given tensors"
+    else:
+        path = locate_adapter(source, **hub)
+        tensors, metadata = read_adapter_file(path)
+        label = str(path)
+    weights = parse(tensors, metadata, ModuleTable(components), label)
+    # From here on nothing can fail for what the file says: every key and shape has been checked.
+    active = active_adapters(components)
+    inject(components, file_configs(weights), adapter_name)
+    write_factors(components, weights, adapter_name)
+    for parameter in adapter_parameters(components, adapter_name):
+        parameter.requires_grad_(False)
+    _activate(components, [*active, adapter_name])
+    return adapter_name
+
+
+def save_adapter(
+    components: Components,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    format: Format = "kohya",
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write an adapter as one safetensors file, whole or not at all.
+
+    Args:
+        path: the file; a name without `.safetensors` is taken as a folder, and the file is called
+            `pytorch_lora_weights.safetensors` as in diffusers.
+        format: "kohya" (sd-scripts, ComfyUI, Forge), "comfy" or "diffusers".
+        dtype: dtype of the tensors written.
+        metadata: text added to what the weights say of themselves; wins over it.
+
+    Returns:
+        The file written.
+
+    Raises:
+        InputError: no such adapter, or no such format.
+        OSError: the file cannot be written.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
+    weights = read_factors(components, ModuleTable(components), adapter_name)
+    if not weights:
+        raise InputError(f"no adapter named {adapter_name!r}; loaded are: {', '.join(adapter_names(components)) or 'none'}.")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / DIFFUSERS_FILE_NAME
+    tensors, style_metadata = serialize(weights, format, dtype)
+    text = {"format": "pt"} | describe(weights) | dict(metadata or {}) | style_metadata
+    save_tensors(path, tensors, with_hashes(tensors, text))
+    return path
+
+
+def locate_adapter(
+    source: str | os.PathLike[str], *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+) -> Path:
+    """The local safetensors file for a path, a folder or a hub repo id.
+
+    Raises:
+        InputError: nothing there, several files to choose from, or the hub refuses.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path / subfolder if subfolder else path
+        found = [folder / weight_name] if weight_name else sorted(folder.glob("*.safetensors"))
+        if len(found) == 1 and found[0].is_file():
+            return found[0]
+        names = ", ".join(file.name for file in found) or "none"
+        raise InputError(f"{folder}: expected one .safetensors file, found {names}; give weight_name.")
+    repo = os.fspath(source)
+    if repo.count("/") != 1 or repo.endswith(".safetensors"):
+        raise InputError(f"{repo}: no such adapter file.")
+    try:
+        return Path(hf_hub_download(repo, weight_name or DIFFUSERS_FILE_NAME, subfolder=subfolder, **hub))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"{repo}: no such file here, and the hub cannot give it ({error}).") from error
+
+
+def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors and the text metadata of a safetensors file.
+
+    Raises:
+        InputError: the file is missing or is not safetensors.
+    """
+    checkpoint = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key).clone() for key in checkpoint.shapes}, dict(checkpoint.metadata)
+
+
+def _require_new(components: Components, adapter_name: str) -> None:
+    if adapter_name in adapter_names(components):
+        raise InputError(f"an adapter named {adapter_name!r} is loaded already; choose another name or delete it.")
+    if not adapter_name or "." in adapter_name:
+        raise InputError(f"{adapter_name!r} cannot be an adapter's name: it must not be empty or contain a dot.")
+
+
+def _activate(components: Components, names: Iterable[str]) -> None:
+    """Let `names` act without touching strengths or which parameters are trained."""
+    names = list(names)
+    for _, _, layer in adapter_layers(components):
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        layer.set_adapter(list(names), inference_mode=True)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,54 @@
+"""What an adapter file says of itself: kohya's `ss_*` keys and the model spec. True values only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime, timezone
+
+import torch
+from safetensors.torch import save
+
+from .._version import __version__
+from .lora import LoraWeights
+
+_LEGACY_OFFSET, _LEGACY_LENGTH = 0x100000, 0x10000
+
+
+def describe(weights: LoraWeights) -> dict[str, str]:
+    """The metadata that follows from the weights alone: network, rank and alpha, what kind of model spec.
+
+    Ranks or alphas that differ between modules are written as "Dynamic", as sd-scripts' resize tool does.
+    """
+    ranks = {factors.rank for factors in weights.values()}
+    alphas = {factors.alpha for factors in weights.values()}
+    return {
+        "ss_network_module": "networks.lora_anima",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        "ss_base_model_version": "anima",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "anima/lora",
+        "modelspec.implementation": f"https://github.com/huggingface/diffusers (anima_peft {__version__})",
+        "modelspec.prediction_type": "flow",
+        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
+    }
+
+
+def with_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Add kohya's two hashes and the model spec's.
+
+    `sshs_model_hash` is the sha256 of everything behind the safetensors header, `sshs_legacy_hash` the first eight
+    digits over 64 KiB at 1 MiB, both of the file as it is with only the `ss_*` metadata
+    (sd-scripts, library/train_util.py, precalculate_safetensors_hashes).
+    """
+    ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    content = save(ready, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    header_length = int.from_bytes(content[:8], "little")
+    model_hash = hashlib.sha256(content[8 + header_length :]).hexdigest()
+    legacy = hashlib.sha256(content[_LEGACY_OFFSET : _LEGACY_OFFSET + _LEGACY_LENGTH]).hexdigest()[:8]
+    return dict(metadata) | {
+        "sshs_model_hash": model_hash,
+        "sshs_legacy_hash": legacy,
+        "modelspec.hash_sha256": f"0x{model_hash}",
+    }

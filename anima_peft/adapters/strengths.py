@@ -1,0 +1,207 @@
+"""Which adapters act, and how strongly: activation, strengths per block, fusing, deleting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..errors import InputError
+from ..models.names import CONDITIONER_PREFIX
+from .naming import TEXT_CONDITIONER, TRANSFORMER, Components
+
+Strength = float | Mapping[str, float]
+"""One number, or numbers by place: a component (`transformer`), or a block (`transformer_blocks.3`, `blocks.3`)."""
+
+
+def adapter_layers(components: Components) -> Iterator[tuple[str, str, BaseTunerLayer]]:
+    """Component, path and layer of everything that carries adapters."""
+    for component, model in components.items():
+        for path, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                yield component, path, module
+
+
+def list_adapters(components: Components) -> dict[str, list[str]]:
+    """Component -> names of the adapters it carries; components without any are left out."""
+    return {c: list(names) for c, model in components.items() if (names := getattr(model, "peft_config", None))}
+
+
+def adapter_names(components: Components) -> list[str]:
+    """Names of all adapters, in the order of loading."""
+    return list(dict.fromkeys(name for names in list_adapters(components).values() for name in names))
+
+
+def active_adapters(components: Components) -> list[str]:
+    """Names of the adapters that act on the next forward pass."""
+    active = {name for _, _, layer in adapter_layers(components) for name in layer.active_adapters}
+    return [name for name in adapter_names(components) if name in active]
+
+
+def set_adapters(
+    components: Components, names: str | Sequence[str], weights: Strength | Sequence[Strength | None] | None = None
+) -> None:
+    """Let exactly `names` act, each with its strength (default 1.0).
+
+    A strength is a number, or a mapping from a place to a number: a component's name, or a block's path
+    (`transformer_blocks.3` or its native name `blocks.3`; the conditioner's `llm_adapter.blocks.3`). The longest
+    matching place counts; what no entry names has 1.0.
+
+    Raises:
+        InputError: an unknown adapter, a place that is not in the model, a wrong number of weights, or fused adapters.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    listed = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+    known = adapter_names(components)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"no adapter named {', '.join(map(repr, unknown))}; loaded are: {', '.join(known) or 'none'}.")
+    if len(listed) != len(names):
+        raise InputError(f"{len(names)} adapters but {len(listed)} strengths; give one for each, or a single one.")
+    _require_unfused(components, "set_adapters")
+    strengths = [_Strengths(1.0 if weight is None else weight, components) for weight in listed]
+    for component, path, layer in adapter_layers(components):
+        # Copied: PEFT keeps the list it is given, and layers must not share one.
+        layer.set_adapter(list(names))
+        for name, strength in zip(names, strengths, strict=True):
+            layer.set_scale(name, strength.at(component, path))
+
+
+class _Strengths:
+    """A strength resolved to one number for each layer."""
+
+    def __init__(self, strength: Strength, components: Components):
+        self._places: dict[str, float] = {}
+        self._default = 1.0
+        if not isinstance(strength, Mapping):
+            self._default = _number(strength)
+            return
+        known = {f"{c}.{path}" if path else c for c, model in components.items() for path, _ in model.named_modules()}
+        for place, value in strength.items():
+            full = _full_place(place)
+            if full not in known:
+                raise InputError(
+                    f"no place named {place!r} in the model; expected a component ({', '.join(components)}) or a block "
+                    "such as transformer_blocks.0 or llm_adapter.blocks.0."
+                )
+            self._places[full] = _number(value)
+
+    def at(self, component: str, path: str) -> float:
+        full = f"{component}.{path}."
+        matching = [place for place in self._places if full.startswith(place + ".")]
+        return self._places[max(matching, key=len)] if matching else self._default
+
+
+def _full_place(place: str) -> str:
+    if place in (TRANSFORMER, TEXT_CONDITIONER) or place.startswith((f"{TRANSFORMER}.", f"{TEXT_CONDITIONER}.")):
+        return place
+    if place.startswith(CONDITIONER_PREFIX):
+        return f"{TEXT_CONDITIONER}.{place.removeprefix(CONDITIONER_PREFIX)}"
+    if place.startswith("blocks."):
+        return f"{TRANSFORMER}.transformer_{place}"
+    return f"{TRANSFORMER}.{place}"
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"a strength must be a number, not {value!r}.")
+    return float(value)
+
+
+def set_enabled(components: Components, enabled: bool) -> None:
+    """Switch all adapters off or on again without forgetting which were active."""
+    for _, _, layer in adapter_layers(components):
+        layer.enable_adapters(enabled)
+
+
+def delete_adapters(components: Components, names: str | Sequence[str]) -> None:
+    """Remove adapters; the others stay as active and as strong as they were. Base weights are not touched.
+
+    Raises:
+        InputError: an unknown name, or an adapter that is fused.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in adapter_names(components)]
+    if unknown:
+        raise InputError(f"no adapter named {', '.join(map(repr, unknown))} to delete.")
+    _require_unfused(components, "delete_adapters")
+    remaining = [name for name in active_adapters(components) if name not in names]
+    for _, _, layer in adapter_layers(components):
+        layer.set_adapter(list(remaining))  # first: PEFT would otherwise choose another adapter as the active one
+        for name in names:
+            layer.delete_adapter(name)
+    for model in components.values():
+        for name in names:
+            getattr(model, "peft_config", {}).pop(name, None)
+        if not getattr(model, "peft_config", {"": None}):
+            _unwrap(model)
+
+
+def unload(components: Components) -> None:
+    """Remove all adapters and their layers; the model is then what it was before the first one.
+
+    Raises:
+        InputError: adapters are fused: their deltas are in the weights.
+    """
+    _require_unfused(components, "unload")
+    for model in components.values():
+        if getattr(model, "peft_config", None) is not None:
+            _unwrap(model)
+
+
+def _unwrap(model: torch.nn.Module) -> None:
+    recurse_remove_peft_layers(model)
+    del model.peft_config
+    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def fuse(components: Components, lora_scale: float = 1.0, names: Sequence[str] | None = None) -> None:
+    """Add the active adapters' deltas (or those of `names`) to the base weights, so that they cost nothing more.
+
+    Args:
+        lora_scale: multiplies the strengths set by `set_adapters`, for this fusing only.
+        names: adapters to fuse; None means the active ones.
+
+    Raises:
+        InputError: no such adapter, none active, or some are fused already.
+    """
+    names = active_adapters(components) if names is None else list(names)
+    unknown = [name for name in names if name not in adapter_names(components)]
+    if unknown or not names:
+        raise InputError(f"no adapter to fuse: {', '.join(map(repr, unknown)) or 'none is active'}.")
+    _require_unfused(components, "fuse_lora")
+    for _, _, layer in adapter_layers(components):
+        present = [name for name in names if name in layer.scaling]
+        if present:
+            layer.scaling_before_fusing = dict(layer.scaling)
+            for name in present:
+                layer.scaling[name] *= lora_scale
+            layer.merge(safe_merge=True, adapter_names=present)
+
+
+def unfuse(components: Components) -> None:
+    """Subtract fused deltas again. The weights return to within rounding: about 1e-7 in fp32, 1e-2 in bf16 (relative).
+
+    Raises:
+        InputError: nothing is fused.
+    """
+    if not fused_adapters(components):
+        raise InputError("unfuse_lora: no adapter is fused.")
+    for _, _, layer in adapter_layers(components):
+        if layer.merged_adapters:
+            layer.unmerge()
+            layer.scaling.update(layer.scaling_before_fusing)
+            del layer.scaling_before_fusing
+
+
+def fused_adapters(components: Components) -> set[str]:
+    """Names of adapters whose deltas are in the base weights at the moment."""
+    return {name for _, _, layer in adapter_layers(components) for name in layer.merged_adapters}
+
+
+def _require_unfused(components: Components, action: str) -> None:
+    fused = fused_adapters(components)
+    if fused:
+        raise InputError(f"{action}: adapters are fused ({', '.join(sorted(fused))}); call unfuse_lora() first.")

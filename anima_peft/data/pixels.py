@@ -1,0 +1,104 @@
+"""From a picture file to the pixels that the VAE sees.
+
+Letters: H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from .buckets import Placement
+
+# What PIL is known to raise over damaged or hostile files.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_QUARTER_TURNS = {5, 6, 7, 8}
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded picture once its EXIF rotation is applied; decodes it wholly, as proof.
+
+    Raises:
+        One of `DECODE_ERRORS`: `data` is not a picture, is cut short, or has more pixels than PIL accepts.
+    """
+    with Image.open(BytesIO(data)) as image:
+        image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """The first frame of an encoded picture in 8-bit RGB, EXIF rotation applied.
+
+    Transparency is dropped, not blended: as in sd-scripts, the colours under it show. 16-bit grey is scaled to 8.
+
+    Raises:
+        One of `DECODE_ERRORS`: `data` is not a picture, is cut short, or has more pixels than PIL accepts.
+    """
+    with Image.open(BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):
+        # PIL's own conversion clips at 255, which turns a 16-bit picture white.
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "P":
+        # Straight to RGB, PIL warns about palettes with transparency.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, placement: Placement, flip: bool) -> torch.Tensor:
+    """Resize an RGB picture, cut the bucket out of it and mirror that if `flip`.
+
+    Shrinking averages areas; enlarging uses Lanczos. Source: kohya-ss/sd-scripts, library/utils.py `resize_image`.
+
+    Returns:
+        (3, H, W) float32 in [-1, 1], of the bucket's size.
+    """
+    width, height = placement.resized
+    if width <= image.width and height <= image.height:
+        pixels = np.asarray(image)
+        pixels = _shrink(_shrink(pixels, height, axis=0), width, axis=1)
+        # To whole steps of 8-bit colour, as every other resize gives them.
+        pixels = np.rint(pixels)
+    else:
+        pixels = np.asarray(image.resize(placement.resized, Image.Resampling.LANCZOS))
+    left, top = placement.crop
+    pixels = pixels[top : top + placement.bucket[1], left : left + placement.bucket[0]]
+    if flip:
+        pixels = pixels[:, ::-1]
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)) / 127.5 - 1.0
+
+
+def _shrink(pixels: np.ndarray, length: int, axis: int) -> np.ndarray:
+    """Mean of `pixels` over `length` equal intervals along `axis`, as float32; pixels on a border count in part.
+
+    This is cv2's INTER_AREA. PIL's BOX takes whole pixels only, which makes lines uneven at ratios such as 1.5.
+    """
+    source = pixels.shape[axis]
+    if source == length:
+        return pixels
+    scale = source / length
+    start = np.arange(length) * scale
+    first = start.astype(np.intp)
+    shape = [1] * pixels.ndim
+    shape[axis] = length
+    mean = np.float32(0)
+    for tap in range(int(scale) + 2):
+        at = first + tap
+        share = (np.minimum(start + scale, at + 1) - np.maximum(start, at)).clip(0) / scale
+        values = pixels.take(np.minimum(at, source - 1), axis)
+        mean = mean + values * share.astype(np.float32).reshape(shape)
+    return mean

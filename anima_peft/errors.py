@@ -1,0 +1,18 @@
+"""The one exception for what a user can put right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A fault in what the user gave: a file, a key, an option, a picture.
+
+    Its text names the file or key, what was expected and what to do. The command line prints it without a
+    traceback and ends with exit code 2; everything else that escapes is a bug of ours.
+    """
+
+    @classmethod
+    def from_faults(cls, heading: str, faults: Iterable[str]) -> InputError:
+        """One error that lists every fault, so that a user mends all of them in one go."""
+        return cls("\n".join([heading, *(f"  - {fault}" for fault in faults)]))

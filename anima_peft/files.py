@@ -1,0 +1,56 @@
+"""Writing a file so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file in the same folder, flush it to the disk, then put it in `path`'s place.
+
+    A crash or a full disk leaves what was at `path` before, and no half-written file under that name.
+
+    Args:
+        path: the file to appear; its folder is made if missing.
+        write: writes its argument, a path that exists as an empty file.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays: some writers choose their format by it.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=f".tmp{path.suffix}")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically. Tensors are brought to the CPU and made contiguous.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=dict(metadata)))
+
+
+def _umask() -> int:
+    """The process's file mode mask (mkstemp makes files that only their owner may read)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,147 @@
+"""The text encoder (Qwen3) and the VAE (Qwen-Image), from the single files or folders people have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from transformers import Qwen3Config, Qwen3Model
+
+from ..errors import InputError
+from .checkpoints import Checkpoint, build_empty, guess_content, load_weights, read_header, require_all_keys
+
+# Constants of Qwen3-0.6B-Base that no weight tells (its config.json on the hub).
+_QWEN_CONSTANTS: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+_LATENT_CHANNELS = 16
+
+
+def load_text_encoder(path: str | Path, torch_dtype: torch.dtype | None = None) -> Qwen3Model:
+    """Load Qwen3 from a Hugging Face model folder or from a single safetensors file.
+
+    Args:
+        path: folder with `config.json`, or a file with keys `model.…` or bare ones (an `lm_head` is left out).
+        torch_dtype: dtype of all weights; None keeps the file's.
+
+    Returns:
+        The encoder on the CPU, frozen, in eval mode.
+
+    Raises:
+        InputError: nothing there, another model, or a key is missing, unexpected or misshapen.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_text_encoder_folder(path, torch_dtype)
+    checkpoint = read_header(path)
+    prefix = "model." if "model.embed_tokens.weight" in checkpoint.shapes else ""
+    if prefix + "embed_tokens.weight" not in checkpoint.shapes:
+        raise InputError(
+            f"{path}: not a Qwen3 text encoder; it looks like {guess_content(checkpoint.shapes)}. "
+            "Expected a checkpoint such as qwen_3_06b_base.safetensors, or a Qwen3 folder with config.json."
+        )
+    config = _qwen_config(checkpoint, prefix)
+    encoder = build_empty(lambda: Qwen3Model(config))
+    keys = {key.removeprefix(prefix): key for key in checkpoint.shapes if key.startswith(prefix) and "lm_head" not in key}
+    surplus = [key for key in checkpoint.shapes if not key.startswith(prefix) and "lm_head" not in key]
+    load_weights(encoder, checkpoint, keys, torch_dtype=torch_dtype, surplus=surplus, what="the Qwen3 text encoder")
+    return encoder
+
+
+def _load_text_encoder_folder(folder: Path, torch_dtype: torch.dtype | None) -> Qwen3Model:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json. Expected a Qwen3 model folder or a single .safetensors file.")
+    try:
+        encoder, info = Qwen3Model.from_pretrained(
+            folder, dtype=torch_dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{folder}: the Qwen3 text encoder cannot be loaded: {error}") from error
+    unexpected = [key for key in info["unexpected_keys"] if "lm_head" not in key]
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    require_all_keys(folder, "the Qwen3 text encoder", info["missing_keys"], unexpected, mismatched)
+    return encoder.requires_grad_(False).eval()
+
+
+def _qwen_config(checkpoint: Checkpoint, prefix: str) -> Qwen3Config:
+    def size(key: str, dim: int) -> int:
+        shape = checkpoint.shapes.get(prefix + key)
+        if shape is None or dim >= len(shape):
+            raise InputError(f"{checkpoint.path}: `{prefix + key}` is missing or malformed; the file is incomplete.")
+        return shape[dim]
+
+    layers = {key.split(".")[1] for key in checkpoint.with_prefix(prefix) if key.startswith("layers.")}
+    head_dim = size("layers.0.self_attn.q_norm.weight", 0)
+    return Qwen3Config(
+        **_QWEN_CONSTANTS,
+        vocab_size=size("embed_tokens.weight", 0),
+        hidden_size=size("embed_tokens.weight", 1),
+        intermediate_size=size("layers.0.mlp.gate_proj.weight", 0),
+        num_hidden_layers=len(layers),
+        num_attention_heads=size("layers.0.self_attn.q_proj.weight", 0) // head_dim,
+        num_key_value_heads=size("layers.0.self_attn.k_proj.weight", 0) // head_dim,
+        head_dim=head_dim,
+    )
+
+
+def load_vae(path: str | Path, torch_dtype: torch.dtype | None = None) -> AutoencoderKLQwenImage:
+    """Load the VAE from a diffusers folder or from a single file in Wan's or diffusers' layout.
+
+    The per-channel mean and std of the latents come from diffusers' class (single file) or the folder's config.
+
+    Args:
+        path: folder with `config.json`, or a safetensors file.
+        torch_dtype: dtype of all weights; None keeps the file's.
+
+    Raises:
+        InputError: nothing there, another model, or a key is missing, unexpected or misshapen.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_diffusers_folder(AutoencoderKLQwenImage, path, torch_dtype, "the VAE")
+    checkpoint = read_header(path)
+    # Wan's names are mapped by diffusers' own table; the "weights" given to it are the names themselves.
+    original = {key: key for key in checkpoint.shapes}
+    keys = convert_wan_vae_to_diffusers(original) if "conv1.weight" in checkpoint.shapes else original
+    if "encoder.conv_in.weight" not in keys or "quant_conv.weight" not in keys:
+        raise InputError(
+            f"{path}: not the Qwen-Image VAE; it looks like {guess_content(checkpoint.shapes)}. "
+            "Expected a checkpoint such as qwen_image_vae.safetensors."
+        )
+    resnets = {key.split(".")[4] for key in keys if key.startswith("decoder.up_blocks.0.resnets.")}
+    vae = build_empty(
+        lambda: AutoencoderKLQwenImage(
+            base_dim=checkpoint.shapes[keys["encoder.conv_in.weight"]][0],
+            z_dim=_LATENT_CHANNELS,
+            num_res_blocks=len(resnets) - 1,
+        )
+    )
+    load_weights(vae, checkpoint, keys, torch_dtype=torch_dtype, what="the Qwen-Image VAE")
+    return vae
+
+
+def load_diffusers_folder(model_class: Any, folder: Path, torch_dtype: torch.dtype | None, what: str) -> Any:
+    """Load a diffusers model from its folder and refuse it unless every key found its place.
+
+    Raises:
+        InputError: no such folder, or a key is missing, unexpected or misshapen.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json. Expected a diffusers folder holding {what}.")
+    try:
+        model, info = model_class.from_pretrained(
+            folder, torch_dtype=torch_dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: {what} cannot be loaded: {error}") from error
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    require_all_keys(folder, what, info["missing_keys"], info["unexpected_keys"], mismatched)
+    return model.requires_grad_(False).eval()
