@@ -16,3 +16,7 @@ class InputError(ValueError):
     def from_faults(cls, heading: str, faults: Iterable[str]) -> InputError:
         """One error that lists every fault, so that a user mends all of them in one go."""
         return cls("\n".join([heading, *(f"  - {fault}" for fault in faults)]))
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, for a reason that its text explains; not a fault of the configuration's form."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file in the same folder, flush it to the disk, then put it in `path`'s place.
 
     A crash or a full disk leaves what was at `path` before, and no half-written file under that name.

@@ -47,11 +47,13 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, transformer: CosmosTransformer3DModel, text_conditioner: AnimaTextConditioner):
         super().__init__()
-        self.transformer = transformer
-        self.text_conditioner = text_conditioner
+        self.transformer: Any = transformer
+        self.text_conditioner: Any = text_conditioner
 
     @classmethod
-    def from_single_file(cls, path: str | os.PathLike[str], torch_dtype: torch.dtype | None = None) -> AnimaTransformerModel:
+    def from_single_file(
+        cls, path: str | os.PathLike[str], torch_dtype: torch.dtype | None = None
+    ) -> AnimaTransformerModel:
         """Load the checkpoint that ComfyUI users have: DiT and `llm_adapter` in one safetensors file.
 
         Args:
@@ -179,9 +181,7 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         """Put a new adapter on the model for training; see `adapters.exchange.add_adapter`."""
         return exchange.add_adapter(self.components, config, adapter_name)
 
-    def load_lora_adapter(
-        self, source: exchange.Source, adapter_name: str | None = "default", **hub: Any
-    ) -> str:
+    def load_lora_adapter(self, source: exchange.Source, adapter_name: str | None = "default", **hub: Any) -> str:
         """Load an adapter of any supported format; see `adapters.exchange.load_adapter`."""
         return exchange.load_adapter(self.components, source, adapter_name, **hub)
 
@@ -194,9 +194,7 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         dtype: torch.dtype = torch.float32,
     ) -> Path:
         """Write an adapter to a file; see `adapters.exchange.save_adapter`."""
-        return exchange.save_adapter(
-            self.components, path, adapter_name, format=format, dtype=dtype, metadata=metadata
-        )
+        return exchange.save_adapter(self.components, path, adapter_name, format=format, dtype=dtype, metadata=metadata)
 
     def set_adapters(
         self, names: str | Sequence[str], weights: Strength | Sequence[Strength | None] | None = None

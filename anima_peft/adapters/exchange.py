@@ -17,16 +17,18 @@ from ..errors import InputError
 from ..files import save_tensors
 from ..models.checkpoints import read_header
 from .formats import FORMATS, Format, parse, serialize
-from .lora import component_configs, file_configs, inject, lora_layers, read_factors, write_factors
+from .lora import LoraFactors, component_configs, file_configs, inject, lora_layers, read_factors, write_factors
 from .metadata import describe, with_hashes
-from .naming import Components, ModuleTable
+from .naming import Components, ModuleName, ModuleTable
 from .strengths import active_adapters, adapter_layers, adapter_names
 
 DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 
 
-def add_adapter(components: Components, config: peft.LoraConfig, adapter_name: str = "default") -> list[torch.nn.Parameter]:
+def add_adapter(
+    components: Components, config: peft.LoraConfig, adapter_name: str = "default"
+) -> list[torch.nn.Parameter]:
     """Put a new adapter for training on the model. Its parameters are float32 whatever the base's dtype.
 
     All base weights are frozen. The new adapter acts beside those already active.
@@ -84,8 +86,10 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
     if adapter_name is None:
         adapter_name = f"default_{len(adapter_names(components))}"
     _require_new(components, adapter_name)
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str]
     if isinstance(source, Mapping):
-        tensors, metadata, label = dict(source), {}, "the given tensors"
+        tensors, metadata, label = source, {}, "the given tensors"
     else:
         path = locate_adapter(source, **hub)
         tensors, metadata = read_adapter_file(path)
@@ -128,9 +132,7 @@ def save_adapter(
     """
     if format not in FORMATS:
         raise InputError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
-    weights = read_factors(components, ModuleTable(components), adapter_name)
-    if not weights:
-        raise InputError(f"no adapter named {adapter_name!r}; loaded are: {', '.join(adapter_names(components)) or 'none'}.")
+    weights = read_adapter(components, adapter_name)
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / DIFFUSERS_FILE_NAME
@@ -138,6 +140,19 @@ def save_adapter(
     text = {"format": "pt"} | describe(weights) | dict(metadata or {}) | style_metadata
     save_tensors(path, tensors, with_hashes(tensors, text))
     return path
+
+
+def read_adapter(components: Components, adapter_name: str) -> dict[ModuleName, LoraFactors]:
+    """An adapter's factors as they are on the model, whatever its strength.
+
+    Raises:
+        InputError: no such adapter.
+    """
+    weights = read_factors(components, ModuleTable(components), adapter_name)
+    if not weights:
+        loaded = ", ".join(adapter_names(components)) or "none"
+        raise InputError(f"no adapter named {adapter_name!r}; loaded are: {loaded}.")
+    return weights
 
 
 def locate_adapter(

@@ -28,9 +28,7 @@ class LoraConfig(peft.LoraConfig):
     target_modules: list[str] | str | None = field(
         default=ATTN_MLP, metadata={"help": "Preset, or patterns of module names."}
     )
-    train_text_conditioner: bool = field(
-        default=False, metadata={"help": "Adapt the text conditioner's layers too."}
-    )
+    train_text_conditioner: bool = field(default=False, metadata={"help": "Adapt the text conditioner's layers too."})
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,19 @@ def read_factors(components: Components, table: ModuleTable, adapter_name: str) 
                 layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach(), alpha
             )
     return by_name
+
+
+def relative_delta(components: Components, adapter_name: str) -> float:
+    """|delta W| / |W|, Frobenius norms over all layers of the adapter: zero before training, about 1e-2 after it."""
+    delta = weight = 0.0
+    for model in components.values():
+        for _, layer in lora_layers(model, adapter_name):
+            down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            # |up @ down|^2 = trace((up' up) (down down')): rank x rank instead of out x in
+            gram = (up.double().T @ up.double()) * (down.double() @ down.double().T)
+            delta += float(gram.sum()) * (layer.lora_alpha[adapter_name] / layer.r[adapter_name]) ** 2
+            weight += float(layer.get_base_layer().weight.detach().float().square().sum())
+    return (delta / weight) ** 0.5 if weight else 0.0
 
 
 def write_factors(components: Components, weights: LoraWeights, adapter_name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import torch
 from safetensors.torch import save
@@ -31,7 +31,7 @@ def describe(weights: LoraWeights) -> dict[str, str]:
         "modelspec.architecture": "anima/lora",
         "modelspec.implementation": f"https://github.com/huggingface/diffusers (anima_peft {__version__})",
         "modelspec.prediction_type": "flow",
-        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
+        "modelspec.date": datetime.now(UTC).replace(microsecond=0, tzinfo=None).isoformat(),
     }
 
 

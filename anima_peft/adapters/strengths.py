@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -53,7 +54,7 @@ def set_adapters(
         InputError: an unknown adapter, a place that is not in the model, a wrong number of weights, or fused adapters.
     """
     names = [names] if isinstance(names, str) else list(names)
-    listed = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+    listed: list[Any] = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
     known = adapter_names(components)
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -71,6 +71,4 @@ def _matches(pattern: str, name: ModuleName) -> bool:
     if preset is not None:
         return preset.fullmatch(name.native) is not None
     full_names: Sequence[str] = (name.native, name.path)
-    return any(
-        re.fullmatch(pattern, full) is not None or full.endswith("." + pattern) for full in full_names
-    )
+    return any(re.fullmatch(pattern, full) is not None or full.endswith("." + pattern) for full in full_names)

@@ -83,9 +83,7 @@ def predefined_buckets(spec: DatasetSpec) -> tuple[tuple[int, int], ...]:
     if spec.bucket_no_upscale:
         _check_step(spec.bucket_reso_steps)
         return ()
-    return bucket_resolutions(
-        spec.resolution, spec.min_bucket_reso, spec.max_bucket_reso, spec.bucket_reso_steps
-    )
+    return bucket_resolutions(spec.resolution, spec.min_bucket_reso, spec.max_bucket_reso, spec.bucket_reso_steps)
 
 
 def place(image_size: tuple[int, int], spec: DatasetSpec) -> Placement:

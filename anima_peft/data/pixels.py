@@ -79,7 +79,7 @@ def fit(image: Image.Image, placement: Placement, flip: bool) -> torch.Tensor:
     pixels = pixels[top : top + placement.bucket[1], left : left + placement.bucket[0]]
     if flip:
         pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)) / 127.5 - 1.0
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)) / 127.5 - 1.0
 
 
 def _shrink(pixels: np.ndarray, length: int, axis: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def _shrink(pixels: np.ndarray, length: int, axis: int) -> np.ndarray:
     first = start.astype(np.intp)
     shape = [1] * pixels.ndim
     shape[axis] = length
-    mean = np.float32(0)
+    mean = np.zeros((), np.float32)
     for tap in range(int(scale) + 2):
         at = first + tap
         share = (np.minimum(start + scale, at + 1) - np.maximum(start, at)).clip(0) / scale

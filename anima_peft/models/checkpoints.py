@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Checkpoint:
         return {key.removeprefix(prefix): shape for key, shape in self.shapes.items() if key.startswith(prefix)}
 
 
-def read_header(path: str | Path) -> Checkpoint:
+def read_header(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the names and shapes of a safetensors file.
 
     safetensors checks the declared sizes against the file's length before anything is allocated.

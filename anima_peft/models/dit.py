@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _MIN_SEQUENCE_LENGTH = 512
 
 
 def load_dit(
-    path: str | Path, torch_dtype: torch.dtype | None = None
+    path: str | os.PathLike[str], torch_dtype: torch.dtype | None = None
 ) -> tuple[CosmosTransformer3DModel, AnimaTextConditioner]:
     """Load DiT and conditioner from the single file that ComfyUI users have.
 
@@ -103,7 +103,7 @@ def _count_blocks(keys: dict[str, tuple[int, ...]]) -> int:
 class _Shapes:
     """Shapes by key, with an error that names the file instead of a KeyError."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], path: str | Path):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]):
         self.shapes, self.path = shapes, path
 
     def __call__(self, key: str, dim: int, rank: int = 2) -> int:
@@ -115,7 +115,7 @@ class _Shapes:
         return shape[dim]
 
 
-def dit_sizes(shapes: dict[str, tuple[int, ...]], path: str | Path) -> dict[str, Any]:
+def dit_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]) -> dict[str, Any]:
     """`CosmosTransformer3DModel`'s arguments for native keys and shapes (without prefix)."""
     size = _Shapes(shapes, path)
     hidden = size(_ANCHOR, 0)
@@ -134,7 +134,7 @@ def dit_sizes(shapes: dict[str, tuple[int, ...]], path: str | Path) -> dict[str,
     }
 
 
-def conditioner_sizes(shapes: dict[str, tuple[int, ...]], path: str | Path) -> dict[str, Any]:
+def conditioner_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]) -> dict[str, Any]:
     """`AnimaTextConditioner`'s arguments for its keys and shapes (without `llm_adapter.`)."""
     size = _Shapes(shapes, path)
     model_dim = size("blocks.0.cross_attn.q_proj.weight", 1)

@@ -50,8 +50,9 @@ def load_text_encoder(path: str | Path, torch_dtype: torch.dtype | None = None) 
         )
     config = _qwen_config(checkpoint, prefix)
     encoder = build_empty(lambda: Qwen3Model(config))
-    keys = {key.removeprefix(prefix): key for key in checkpoint.shapes if key.startswith(prefix) and "lm_head" not in key}
-    surplus = [key for key in checkpoint.shapes if not key.startswith(prefix) and "lm_head" not in key]
+    body = [key for key in checkpoint.shapes if "lm_head" not in key]
+    keys = {key.removeprefix(prefix): key for key in body if key.startswith(prefix)}
+    surplus = [key for key in body if not key.startswith(prefix)]
     load_weights(encoder, checkpoint, keys, torch_dtype=torch_dtype, surplus=surplus, what="the Qwen3 text encoder")
     return encoder
 

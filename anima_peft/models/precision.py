@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 QK_NORM_EPS = 1e-6
@@ -28,3 +30,41 @@ def set_qk_norm_eps(transformer: torch.nn.Module, eps: float = QK_NORM_EPS) -> N
         raise ValueError(f"{type(transformer).__name__} has no norm_q and norm_k. Expected a CosmosTransformer3DModel.")
     for norm in norms:
         norm.eps = eps
+
+
+def enable_fp32_residual(transformer: Any) -> None:
+    """Keep the DiT's residual stream in float32 while its layers compute in the weights' dtype.
+
+    The stream passes 65504, float16's largest number, in the last blocks; matrix products and attention stay within
+    it. With this, `patch_embed` hands on float32, each block's gate is float32 and so is the sum it scales, and every
+    norm brings its result back to the weights' dtype. Works with and without autocast. The same split as in ComfyUI's
+    `comfy/ldm/cosmos/predict2.py`.
+
+    Args:
+        transformer: a `CosmosTransformer3DModel`; changed in place by forward hooks.
+    """
+
+    def compute_dtype() -> torch.dtype:
+        return transformer.proj_out.weight.dtype
+
+    def to_fp32(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.float()
+
+    def time_in_compute_dtype(_: torch.nn.Module, args: tuple) -> tuple:
+        # The embedding takes only its dtype from the hidden states.
+        hidden_states, timestep = args
+        return hidden_states[:0].to(compute_dtype()), timestep
+
+    def narrow_with_wide_gate(_: torch.nn.Module, __: tuple, output: tuple) -> tuple:
+        hidden_states, gate = output
+        return hidden_states.to(compute_dtype()), gate.float()
+
+    def narrow(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.to(compute_dtype())
+
+    transformer.patch_embed.register_forward_hook(to_fp32)
+    transformer.time_embed.register_forward_pre_hook(time_in_compute_dtype)
+    for block in transformer.transformer_blocks:
+        for norm in (block.norm1, block.norm2, block.norm3):
+            norm.register_forward_hook(narrow_with_wide_gate)
+    transformer.norm_out.register_forward_hook(narrow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def is_diffusers_folder(path: Path) -> bool:
     return (path / "transformer" / "config.json").is_file() and (path / "text_conditioner" / "config.json").is_file()
 
 
-def locate_model(path_or_repo: str | Path) -> Path:
+def locate_model(path_or_repo: str | os.PathLike[str]) -> Path:
     """The local file or folder for a path or a hub repo id; a repo is downloaded once, without pickled weights.
 
     Raises:
@@ -49,13 +50,13 @@ def locate_model(path_or_repo: str | Path) -> Path:
     path = Path(path_or_repo).expanduser()
     if path.exists():
         return path
-    if not _REPO_ID.fullmatch(str(path_or_repo)):
+    if not _REPO_ID.fullmatch(os.fspath(path_or_repo)):
         raise InputError(
             f"{path_or_repo}: no such file or folder. Expected a .safetensors file with DiT and `llm_adapter`, a "
             "diffusers folder, or a hub repo id such as circlestone-labs/Anima-Base-v1.0-Diffusers."
         )
     try:
-        return Path(snapshot_download(str(path_or_repo), allow_patterns=_REPO_FILES))
+        return Path(snapshot_download(os.fspath(path_or_repo), allow_patterns=_REPO_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise InputError(
             f"{path_or_repo}: no such file or folder here, and the hub repo of this name cannot be had "

@@ -24,6 +24,51 @@ class TokenCounts(NamedTuple):
     t5: int
 
 
+class TextInputs(NamedTuple):
+    """What the text conditioner reads, for B prompts.
+
+    Attributes:
+        qwen_hidden_states: (B, L, D), zero in the rows of padding.
+        qwen_attention_mask: (B, L) int64, 1 for text and 0 for padding.
+        t5_input_ids: (B, T) int64.
+        t5_attention_mask: (B, T) int64, 1 for text and 0 for padding.
+    """
+
+    qwen_hidden_states: torch.Tensor
+    qwen_attention_mask: torch.Tensor
+    t5_input_ids: torch.Tensor
+    t5_attention_mask: torch.Tensor
+
+
+def encode_text(
+    text_encoder: Any,
+    tokenizer: Any,
+    t5_tokenizer: Any,
+    prompts: str | Sequence[str],
+    max_length: int,
+    device: torch.device | str,
+) -> TextInputs:
+    """Both encodings of B prompts; see `encode_qwen` and `tokenize_t5`."""
+    return TextInputs(
+        *encode_qwen(text_encoder, tokenizer, prompts, max_length, device),
+        *tokenize_t5(t5_tokenizer, prompts, max_length, device),
+    )
+
+
+def condition_text(text_conditioner: Any, text: TextInputs) -> torch.Tensor:
+    """The DiT's conditioning (B, max(512, T), D') in the conditioner's dtype; its rows after the text are zero.
+
+    Gradients flow, so that the conditioner can be trained through it.
+    """
+    embeds: torch.Tensor = text_conditioner(
+        source_hidden_states=text.qwen_hidden_states.to(text_conditioner.dtype),
+        target_input_ids=text.t5_input_ids,
+        target_attention_mask=text.t5_attention_mask,
+        source_attention_mask=text.qwen_attention_mask,
+    )
+    return embeds
+
+
 @torch.no_grad()
 def encode_qwen(
     text_encoder: Any,

@@ -1,0 +1,101 @@
+"""The `anima-peft` command.
+
+Exit codes: 0 done, 1 the run could not go on, 2 a fault in what was given; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import InputError, TrainingError
+
+DONE, FAILED, FAULTY_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code. Heavy imports wait until the command is known."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"train": _train, "generate": _generate, "miniature": _miniature}
+    parser = argparse.ArgumentParser(prog="anima-peft", description=__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers.add_parser("train", help="train an adapter", add_help=False)
+    subparsers.add_parser("generate", help="draw pictures, with or without adapters", add_help=False)
+    subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
+    known, rest = parser.parse_known_args(argv[:1])
+    return report_faults(lambda: commands[known.command](rest + argv[1:]))
+
+
+def report_faults(action: Callable[[], None]) -> int:
+    """Run `action`; what the user can mend is printed as one message without a traceback.
+
+    Returns:
+        The exit code.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        action()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAULTY_INPUT
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+def train_from(argv: Sequence[str], prog: str) -> None:
+    """Parse, train, and say what was written. The launchers and `anima-peft train` are this call.
+
+    Raises:
+        InputError: a fault in the configuration, the model, the pictures or the captions.
+        TrainingError: the run cannot go on.
+    """
+    from .config import load
+
+    config = load(argv, prog=prog)
+    from .training.run import train
+
+    result = train(config)
+    print(f"\n{result.steps} steps; the adapter's size is {result.relative_delta:.2%} of the adapted weights.")
+    written = {"adapter": result.adapter, "log": result.log_folder, "without and with it": result.comparison}
+    for what, path in written.items():
+        if path is not None:
+            print(f"  {what}: {path}")
+
+
+def _train(argv: Sequence[str]) -> None:
+    train_from(argv, prog="anima-peft train")
+
+
+def _miniature(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="anima-peft miniature",
+        description="Write a small Anima with random weights, small tokenizers and drawn pictures with captions.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="folder to write to; made if missing")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier miniature")
+    arguments = parser.parse_args(argv)
+    from .miniature import write_miniature
+
+    files = write_miniature(arguments.folder, seed=arguments.seed, overwrite=arguments.overwrite)
+    for path in vars(files).values():
+        print(path)
+
+
+def _generate(argv: Sequence[str]) -> None:
+    from .generate_command import generate
+
+    generate(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

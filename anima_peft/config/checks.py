@@ -1,0 +1,116 @@
+"""What cannot be said by a type and two bounds: checks of single values, and of options that depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import InputError
+from .options import Option
+from .reading import FAULTY, Faults, shown
+from .schema import Found
+
+TARGET_PRESETS = ("attn-mlp", "attn-mlp-adaln", "all-linear")
+
+# Windows refuses these in file names, with any suffix: learn.microsoft.com/windows/win32/fileio/naming-a-file
+_REFUSED_CHARACTERS = '<>:"/\\|?*'
+_DEVICE_NAMES = {"CON", "PRN", "AUX", "NUL"} | {f"{port}{n}" for port in ("COM", "LPT") for n in "123456789¹²³"}
+_LONGEST_NAME = 200  # bytes; file systems take 255, and "-step00000100-state" and a suffix follow
+
+
+def check_file_name(name: str) -> None:
+    """A name that every file system takes.
+
+    Raises:
+        InputError: it has separators or characters that Windows refuses, is a device name, or is too long.
+    """
+    refused = sorted({c for c in name if c in _REFUSED_CHARACTERS or not c.isprintable()})
+    if refused:
+        raise InputError(f"expected a file name without {' '.join(shown(c) for c in refused)}, got {shown(name)}")
+    if name != name.strip() or name.endswith("."):
+        raise InputError(f"expected a file name without spaces at its ends or a dot at its end, got {shown(name)}")
+    if name.split(".")[0].rstrip().upper() in _DEVICE_NAMES:
+        raise InputError(f"{shown(name)} is a device on Windows; choose another name")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise InputError(f"expected a file name of at most {_LONGEST_NAME} bytes, got {len(name.encode())}")
+
+
+def check_targets(targets: tuple[str, ...]) -> None:
+    """Patterns are left to the adapter, which knows the layers; a misspelt preset is caught here.
+
+    Raises:
+        InputError: a target differs from a preset in case or dashes only.
+    """
+    for target in targets:
+        preset = target.lower().replace("_", "-").replace(" ", "-")
+        if preset in TARGET_PRESETS and target != preset:
+            raise InputError(f'expected a preset or a pattern, got {shown(target)}; did you mean "{preset}"?')
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Raises InputError where a beta is outside [0, 1)."""
+    if not all(0 <= beta < 1 for beta in betas):
+        raise InputError(f"expected two numbers of at least 0 and below 1, got {shown(betas)}")
+
+
+def check_warmup(steps: float) -> None:
+    """Raises InputError for a fractional number of steps; a fraction below 1 is a share of the run."""
+    if isinstance(steps, float) and steps >= 1:
+        raise InputError(f"expected an integer number of steps or a share below 1, got {shown(steps)}")
+
+
+def check_cached(cached: bool) -> None:
+    """Raises InputError where caching is turned off, which this version cannot do."""
+    if not cached:
+        raise InputError("false is not supported in this version: latents and captions are always cached on disk")
+
+
+def check_effects(options: Iterable[Option], found: Mapping[str, Found], faults: Faults) -> None:
+    """Report every option that was set away from its default and has no effect in this run."""
+    by_name = {option.name: option for option in options}
+    for option in by_name.values():
+        given = found.get(option.name)
+        if given is not None and given.value is not FAULTY and given.value != option.default:
+            text = missing_effect(option, by_name, found)
+            if text:
+                faults.add(given.path, text)
+
+
+def missing_effect(option: Option, options: Mapping[str, Option], found: Mapping[str, Found]) -> str:
+    """Why an option has no effect in this run, or nothing where it has one."""
+    for needs in option.rules.only_with:
+        value = value_of(options[needs.option], found)
+        if value is FAULTY or needs.met_by(value):
+            continue
+        cause = f"without {needs.option}" if value is None else f"with {needs.option} = {shown(value)}"
+        only = f"; it needs {' or '.join(shown(wanted) for wanted in needs.values)}" if needs.values else ""
+        return f"has no effect {cause}{only}; {needs.hint or 'remove it'}"
+    return ""
+
+
+def value_of(option: Option, found: Mapping[str, Found]) -> Any:
+    """What an option is in this run: what was given, else its default; FAULTY where its fault is reported."""
+    return found[option.name].value if option.name in found else option.default
+
+
+def check_required(options: Iterable[Option], found: Mapping[str, Found], faults: Faults, prefix: str = "") -> None:
+    """Report every required option that was not given; `prefix` is the dotted path of the table it belongs into."""
+    for option in options:
+        if option.required and option.name not in found:
+            faults.add(prefix + option.name, f"required, but not given. {option.rules.help}")
+
+
+def check_model_parts(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:
+    """Report the parts that a model in single files needs and that were not given."""
+
+    def is_single_file(name: str) -> bool:
+        value = value_of(options[name], found)
+        return isinstance(value, str) and value.lower().endswith(".safetensors")
+
+    if not is_single_file("anima_transformer"):
+        return  # a folder or repo brings all parts
+    needed = ["vae", "qwen", "t5_tokenizer_dir"] + ["qwen_tokenizer_dir"] * is_single_file("qwen")
+    for part in needed:
+        if value_of(options[part], found) is None:
+            cause = found["qwen" if part == "qwen_tokenizer_dir" else "anima_transformer"].path
+            faults.add(part, f"required, because {cause} is a single file. {options[part].rules.help}")

@@ -1,0 +1,45 @@
+"""Reads TOML files; a file that cannot be read is the user's to mend, so it says which file and line."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import tomllib
+from pathlib import Path
+
+from ..errors import InputError
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """The content of a TOML file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: the file is missing or unreadable, not UTF-8, or not TOML. It names the file and the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer too long for Python to read
+        raise InputError(f"{path}, {_explained(str(error), text)}") from error
+
+
+def _explained(message: str, text: str) -> str:
+    """tomllib's message with the line in front, and a hint for the usual slip."""
+    lines = text.splitlines() or [""]
+    place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+    if place is None:
+        return f"not TOML: {message}"
+    number = int(place[1]) if place[1] else len(lines)
+    hint = ""
+    if number <= len(lines) and "\\" in lines[number - 1]:
+        hint = "; write Windows paths with / or in 'single quotes'"
+    return f"line {number}: not TOML: {message[: place.start()]}{hint}"

@@ -1,0 +1,121 @@
+"""Options of sd-scripts and of its Anima fork that this version does not have, each with what to do instead."""
+
+from __future__ import annotations
+
+from .schema import Foreign
+
+_REMOVE = "remove it"
+_PREVIEWS = "remove it; compare_prompts draws pictures after training"
+_ONE_RATE = "remove it and set learning_rate"
+_FROZEN = "remove it; the text encoder is never trained"
+_COMPUTE = "remove it; mixed_precision sets the type, and adapter weights are kept in fp32"
+_ATTENTION = "remove it; PyTorch's own attention is used unless xformers = true"
+_DATASET = "describe the pictures in the dataset TOML (image_dir, num_repeats)"
+_CACHES = "remove it; caches follow the content of pictures and captions"
+_CAPTIONS = "remove it; captions are used as they are written"
+_NOISE = "remove it; the noise is plain Gaussian"
+_LOSS = "remove it; the loss is the unweighted mean squared error"
+_TOKENIZER = "put the T5 tokenizer's files into t5_tokenizer_dir and remove it"
+_OTHER_MODELS = "remove it; it is for other models"
+
+# names separated by spaces, and the advice they share
+_TRAIN_GROUPS = (
+    ("network_weights dim_from_weights base_weights base_weights_multiplier scale_weight_norms train_norm", _REMOVE),
+    ("llm_adapter_path", "remove it; the text conditioner is read from anima_transformer"),
+    ("unet_lr self_attn_lr cross_attn_lr mlp_lr mod_lr llm_adapter_lr", _ONE_RATE),
+    ("text_encoder_lr network_train_text_encoder_only", _FROZEN),
+    ("network_train_unet_only", _FROZEN),
+    ("weighting_scheme logit_mean logit_std mode_scale min_snr_gamma debiased_estimation_loss loss_type", _LOSS),
+    ("huber_c huber_scale huber_schedule masked_loss prior_loss_weight v_pred_like_loss", _LOSS),
+    ("scale_v_pred_loss_like_noise_pred", _LOSS),
+    ("noise_offset anima_noise_offset noise_offset_random_strength adaptive_noise_scale", _NOISE),
+    ("multires_noise_iterations multires_noise_discount ip_noise_gamma ip_noise_gamma_random_strength", _NOISE),
+    ("min_timestep max_timestep", "remove it; timestep_sampling shapes the noise levels"),
+    ("sample_every_n_steps sample_every_n_epochs sample_at_first sample_prompts sample_sampler", _PREVIEWS),
+    ("validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps", _REMOVE),
+    ("save_n_epoch_ratio", "use save_every_n_epochs"),
+    ("save_last_n_epochs_state", "use save_last_n_epochs"),
+    ("save_last_n_steps_state", "use save_last_n_steps"),
+    ("save_model_as use_safetensors", "remove it; files are always safetensors, and save_format names the layout"),
+    ("huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token", _REMOVE),
+    ("huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload", _REMOVE),
+    ("wandb_run_name wandb_api_key log_tracker_name log_tracker_config log_config", "remove it; see log_with"),
+    ("console_log_level console_log_file console_log_simple output_config", _REMOVE),
+    ("metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_reso", _REMOVE),
+    ("use_8bit_adam use_lion_optimizer", "remove it and set optimizer_type"),
+    ("lr_scheduler_type lr_scheduler_args lr_scheduler_timescale lr_scheduler_min_lr_ratio", "use lr_scheduler"),
+    ("lr_decay_steps", "use lr_scheduler"),
+    ("lr_warmup_ratio", "use lr_warmup_steps with a number below 1"),
+    ("fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups", _REMOVE),
+    ("full_fp16 full_bf16 fp8_base fp8_base_unet no_half_vae", _COMPUTE),
+    ("blocks_to_swap cpu_offload_checkpointing unsloth_offload_checkpointing", "use gradient_checkpointing"),
+    ("attn_mode split_attn sdpa mem_eff_attn anima_attention_backend", _ATTENTION),
+    ("torch_compile compile dynamo_backend", _REMOVE),
+    ("vae_chunk_size vae_disable_cache", "remove it; vae_batch_size sets how much is encoded at once"),
+    ("lowram highvram disable_mmap_load_safetensors", _REMOVE),
+    ("ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph deepspeed zero_stage", _REMOVE),
+    ("skip_cache_check cache_info", _CACHES),
+    ("train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir debug_dataset", _DATASET),
+    ("initial_epoch initial_step skip_until_initial_step", "use resume"),
+    ("auto_download_t5_tokenizer t5_tokenizer_repo_id t5_tokenizer_subfolder", _TOKENIZER),
+    ("t5_tokenizer_modelscope_fallback t5_tokenizer_modelscope_repo_id", _TOKENIZER),
+    ("t5_tokenizer_modelscope_revision t5_tokenizer_modelscope_subfolder t5_tokenizer_validate_strict", _TOKENIZER),
+    ("anima_monitor_memory anima_monitor_memory_warn_ratio", "remove it; peak memory is always logged"),
+    ("tokenizer_cache_dir max_token_length weighted_captions", "remove it; anima_seq_len sets the length of captions"),
+    ("v2 v_parameterization clip_skip zero_terminal_snr", _OTHER_MODELS),
+)
+
+_CAPTION_GROUPS = (
+    ("shuffle_caption keep_tokens keep_tokens_separator secondary_separator caption_separator", _CAPTIONS),
+    ("enable_wildcard caption_prefix caption_suffix caption_dropout_rate caption_dropout_every_n_epochs", _CAPTIONS),
+    ("caption_tag_dropout_rate token_warmup_min token_warmup_step", _CAPTIONS),
+    ("color_aug random_crop face_crop_aug_range", "remove it; flip_aug is the one augmentation"),
+    ("alpha_mask is_reg conditioning_data_dir", _REMOVE),
+    ("resize_interpolation", "remove it; area averaging shrinks and Lanczos enlarges"),
+    ("validation_split validation_seed network_multiplier", _REMOVE),
+    ("metadata_file", "use image_dir with a caption file beside each picture"),
+    ("cache_info", _CACHES),
+)
+
+_NETWORK_GROUPS = (
+    ("train_norm rank_dropout module_dropout verbose", _REMOVE),
+    ("include_patterns exclude_patterns train_block_indices", "list the layers in target_modules"),
+    ("network_reg_dims conv_dim conv_alpha", "remove it and set network_dim"),
+    ("network_reg_lrs loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", _ONE_RATE),
+    ("lokr_factor factor lokr_full_matrix lokr_decompose_both lokr_rank_dropout lokr_module_dropout", _REMOVE),
+    ("algo preset use_tucker use_scalar", _REMOVE),
+)
+
+# values that ask for nothing though they are not false, 0 or empty: other trainers' defaults
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "network_train_unet_only": (True,),
+    "weighting_scheme": ("uniform", "none"),
+    "logit_std": (1.0,),
+    "mode_scale": (1.29,),
+    "loss_type": ("l2",),
+    "huber_c": (0.1,),
+    "huber_scale": (1.0,),
+    "huber_schedule": ("snr",),
+    "prior_loss_weight": (1.0,),
+    "multires_noise_discount": (0.3,),
+    "max_timestep": (1000,),
+    "sample_sampler": ("ddim",),
+    "save_model_as": ("safetensors",),
+    "use_safetensors": (True,),
+    "dynamo_backend": ("inductor",),
+    "anima_attention_backend": ("torch",),
+    "anima_monitor_memory": (True,),
+    "initial_epoch": (1,),
+    "caption_separator": (",",),
+    "token_warmup_min": (1,),
+    "network_multiplier": (1.0,),
+}
+
+
+def _table(*groups: tuple[str, str]) -> dict[str, Foreign]:
+    return {name: Foreign(advice, _NEUTRAL.get(name, ())) for names, advice in groups for name in names.split()}
+
+
+CAPTION_AND_PICTURE_OPTIONS = _table(*_CAPTION_GROUPS)
+TRAIN_OPTIONS = {**CAPTION_AND_PICTURE_OPTIONS, **_table(*_TRAIN_GROUPS)}
+ARGUMENTS = {"network_args": _table(*_NETWORK_GROUPS), "optimizer_args": {}}

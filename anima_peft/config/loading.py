@@ -1,0 +1,246 @@
+"""Command line, train args TOML and dataset TOML into one checked configuration, with all faults in one report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.specs import DatasetSpec
+from ..errors import InputError
+from . import checks, foreign
+from .command_line import FileOptions, help_text, make_parser, read_flags
+from .dataset import BatchKeys, DatasetKeys, SubsetKeys, read_datasets
+from .files import read_toml
+from .options import Kind, Option, Rules, options_of
+from .reading import FAULTY, Faults, shown
+from .schema import Found, Given, Schema
+from .train import ARGUMENT_LISTS, DEFAULT_TRAIN_STEPS, TrainOptions
+
+MIGRATION = "python tools/convert_anima_root_to_kohya.py --input old_root.toml --output_dir converted"
+
+_GROUPS: Mapping[str, type] = typing.get_type_hints(TrainOptions)
+_OPTIONS = {option.name: option for group in _GROUPS.values() for option in options_of(group)}
+_LISTS = {
+    name: Option(name, Kind.TEXTS, optional=False, default=(), rules=Rules(help=text))
+    for name, text in ARGUMENT_LISTS.items()
+}
+_DATASET_FALLBACKS = (*options_of(DatasetKeys), *options_of(SubsetKeys))
+_FLAT = (*(option for option in _OPTIONS.values() if option.rules.inside is None), *_LISTS.values())
+
+_INSIDE = {
+    name: f'belongs into {option.rules.inside}: {option.rules.inside} = ["{name}=..."]'
+    for name, option in _OPTIONS.items()
+    if option.rules.inside
+}
+_FLAGS = Schema((*options_of(FileOptions), *_FLAT, *_DATASET_FALLBACKS), foreign.TRAIN_OPTIONS, _INSIDE)
+_TRAIN_ARGS = Schema(
+    (option for option in _FLAGS.options.values() if option.name != "config_file"),
+    foreign.TRAIN_OPTIONS,
+    {
+        **_INSIDE,
+        "config_file": "belongs on the command line",
+        "batch_size": "belongs into the dataset TOML; here it is train_batch_size",
+        "image_dir": "belongs into the dataset TOML, which --dataset_config names",
+    },
+)
+_ARGUMENTS = {
+    name: Schema((o for o in _OPTIONS.values() if o.rules.inside == name), foreign.ARGUMENTS[name]) for name in _LISTS
+}
+# what only the older one-file layout has
+_ROOT_STYLE_KEYS = (
+    ("model", "transformer_path"),
+    ("lora", "lora_rank"),
+    ("lora", "network_type"),
+    ("dataset", "data_dir"),
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration.
+
+    Attributes:
+        train: the options of the run.
+        datasets: what it trains on.
+        warnings: what is allowed and probably not meant, one sentence each.
+        config_file: the train args TOML, if one was given.
+        dataset_config: the dataset TOML.
+        values: every option of `train` by its flat name as a JSON-able value, for metadata and logs.
+    """
+
+    train: TrainOptions
+    datasets: tuple[DatasetSpec, ...]
+    warnings: tuple[str, ...]
+    config_file: Path | None
+    dataset_config: Path
+    values: Mapping[str, object]
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all training flags, for parsing and for showing the help.
+
+    Args:
+        prog: name of the command in the help text; None takes it from `sys.argv`.
+    """
+    groups = [(cls.__doc__ or "", _flags_of(cls)) for cls in (FileOptions, *_GROUPS.values(), DatasetKeys, SubsetKeys)]
+    return make_parser(groups, foreign.TRAIN_OPTIONS, prog)
+
+
+def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
+    """Read the configuration that a command line names; nothing is created and no other file is looked at.
+
+    Command line beats train args TOML beats defaults; keys of the dataset TOML beat their fallbacks in both.
+
+    Args:
+        argv: the arguments after the command's name.
+        prog: name of the command in the help text.
+
+    Raises:
+        InputError: anything is wrong with any of the three sources; all faults are in the one message.
+        SystemExit: `--help` was asked for.
+    """
+    if any(word == "--config" or word.startswith("--config=") for word in argv):
+        raise InputError(
+            "--config is gone: train args and pictures are two files now, --config_file and --dataset_config.\n"
+            f"Convert an old file with: {MIGRATION}"
+        )
+    faults = Faults()
+    flags = _FLAGS.read(read_flags(build_parser(prog), argv, faults), faults)
+    config_file = _path(flags.get("config_file"))
+    train_args = {} if config_file is None else _train_args(config_file, faults)
+    found = {**(train_args or {}), **flags}
+    found.update(_arguments(found, faults))
+
+    dataset_config = _path(found.get("dataset_config"))
+    if train_args is not None:  # what an unreadable file would have given is not missing
+        checks.check_required((*options_of(FileOptions), *_OPTIONS.values()), found, faults)
+        checks.check_model_parts(_OPTIONS, found, faults)
+    checks.check_effects(_OPTIONS.values(), found, faults)
+
+    datasets: tuple[DatasetSpec, ...] = ()
+    warnings: tuple[str, ...] = ()
+    if dataset_config is not None:
+        datasets, warnings = _datasets(dataset_config, found, faults)
+    if faults.texts or dataset_config is None:
+        raise _report(faults, config_file, dataset_config)
+    train = _train_options(found)
+    return RunConfig(train, datasets, warnings, config_file, dataset_config, _flat_values(train))
+
+
+def _flags_of(cls: type) -> list[Option]:
+    """The options of a group that have a flag; a `key=value` list stands in for those inside it."""
+    shown_options: dict[str, Option] = {}
+    for option in options_of(cls):
+        name = option.rules.inside
+        if name is None:
+            shown_options[option.name] = option
+            continue
+        inner = [o for o in options_of(cls) if o.rules.inside == name]
+        text = " ".join([ARGUMENT_LISTS[name], *(f"{o.name}: {help_text(o)}" for o in inner)])
+        shown_options[name] = dataclasses.replace(_LISTS[name], rules=Rules(help=text))
+    return list(shown_options.values())
+
+
+def _path(found: Found | None) -> Path | None:
+    return Path(found.value) if found is not None and isinstance(found.value, str) else None
+
+
+def _document(path: Path, faults: Faults) -> dict[str, object] | None:
+    try:
+        return read_toml(path)
+    except InputError as fault:
+        faults.texts.append(str(fault))
+        return None
+
+
+def _train_args(path: Path, faults: Faults) -> dict[str, Found] | None:
+    """The options that a train args TOML sets; None where it is no such file, which is then reported."""
+    document = _document(path, faults)
+    if document is None:
+        return None
+    for section, key in _ROOT_STYLE_KEYS:
+        table = document.get(section)
+        if isinstance(table, dict) and key in table:
+            faults.add(f"{section}.{key}", f"belongs to the older one-file layout; convert it with: {MIGRATION}")
+            return None
+    if "datasets" in document:
+        faults.add("datasets", f"belongs into the dataset TOML; {path} was given as the train args")
+        return None
+    return _TRAIN_ARGS.read(_flattened(document), faults)
+
+
+def _flattened(document: Mapping[str, object]) -> Iterator[Given]:
+    """Top-level keys, and those of sections, whose names sd-scripts' users choose freely."""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from (Given(inner, f"{key}.{inner}", raw) for inner, raw in value.items())
+        else:
+            yield Given(key, key, value)
+
+
+def _arguments(found: Mapping[str, Found], faults: Faults) -> dict[str, Found]:
+    """The options written inside `key=value` lists."""
+    result: dict[str, Found] = {}
+    for name, schema in _ARGUMENTS.items():
+        listed = found.get(name)
+        if listed is None or listed.value is FAULTY:
+            continue
+        givens = []
+        for index, text in enumerate(listed.value):
+            key, equals, value = (part.strip() for part in text.partition("="))
+            if equals and key:
+                givens.append(Given(key, f"{listed.path}.{key}", value, as_text=True))
+            else:
+                faults.add(f"{listed.path}[{index}]", f'expected "key=value", got {shown(text)}')
+        result.update(schema.read(givens, faults))
+    return result
+
+
+def _datasets(
+    path: Path, found: Mapping[str, Found], faults: Faults
+) -> tuple[tuple[DatasetSpec, ...], tuple[str, ...]]:
+    document = _document(path, faults)
+    if document is None:
+        return (), ()
+    if "datasets" not in document and document.keys() & _OPTIONS.keys():
+        faults.add("datasets", f"missing, and {path}, which was given as the dataset TOML, holds train args")
+        return (), ()
+    return read_datasets(document, _dataset_fallback(found), faults)
+
+
+def _dataset_fallback(found: Mapping[str, Found]) -> dict[str, Found]:
+    fallback = {option.name: found[option.name] for option in _DATASET_FALLBACKS if option.name in found}
+    if "train_batch_size" in found:
+        fallback[options_of(BatchKeys)[0].name] = found["train_batch_size"]
+    return fallback
+
+
+def _train_options(found: Mapping[str, Found]) -> TrainOptions:
+    values = {name: checks.value_of(option, found) for name, option in _OPTIONS.items()}
+    if values["max_train_steps"] is None and values["max_train_epochs"] is None:
+        values["max_train_steps"] = DEFAULT_TRAIN_STEPS
+    values["network_alpha"] = values["network_alpha"] or float(values["network_dim"])
+    return TrainOptions(
+        **{
+            group: cls(**{option.name: values[option.name] for option in options_of(cls)})
+            for group, cls in _GROUPS.items()
+        }
+    )
+
+
+def _flat_values(train: TrainOptions) -> Mapping[str, object]:
+    groups: Iterable[dict[str, object]] = dataclasses.asdict(train).values()
+    flat = {name: value for group in groups for name, value in group.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def _report(faults: Faults, config_file: Path | None, dataset_config: Path | None) -> InputError:
+    named = [f"train args: {config_file}"] if config_file else []
+    named += [f"dataset: {dataset_config}"] if dataset_config else []
+    count = "1 fault" if len(faults.texts) == 1 else f"{len(faults.texts)} faults"
+    where = f" ({'; '.join(named)})" if named else ""
+    return InputError.from_faults(f"The configuration has {count}{where}:", faults.texts)

@@ -1,0 +1,239 @@
+"""From what a user wrote to a checked value, or to a fault that says what was expected and what came."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any, Final
+
+from ..errors import InputError
+from .options import Kind, Option
+
+
+class Marker(Enum):
+    """Stands where a value would."""
+
+    FAULTY = "a value was given, and its fault is already reported"
+    NO_VALUE = "a flag came without its value"
+
+
+FAULTY: Final = Marker.FAULTY
+NO_VALUE: Final = Marker.NO_VALUE
+
+
+class Faults:
+    """Collects every fault, each once, so that a user mends all of them in one go."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def add(self, path: str, text: str) -> None:
+        """Note a fault of the option at a dotted path."""
+        fault = f"{path}: {text}"
+        if fault not in self.texts:
+            self.texts.append(fault)
+
+
+def shown(value: object) -> str:
+    """A value as a user would write it in TOML, shortened."""
+    if value is NO_VALUE:
+        return "no value"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        text = value if len(value) <= 60 else value[:57] + "..."
+        return '"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) + '"'
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, (list, tuple)):
+        items = [shown(item) for item in value[:4]] + ["..."] * (len(value) > 4)
+        return f"[{', '.join(items)}]"
+    return str(value)
+
+
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean "X"?` for the most similar of the names, or nothing where none is similar."""
+    close = get_close_matches(name.lower(), list(names), n=1)
+    return f'; did you mean "{prefix}{close[0]}"?' if close else ""
+
+
+def expectation(option: Option) -> str:
+    """What an option expects, in words."""
+    rules = option.rules
+    if rules.choices:
+        listed = ", ".join(f'"{choice}"' for choice in rules.choices)
+        return listed if len(rules.choices) == 1 else f"one of {listed}"
+    if rules.minimum is not None and rules.maximum is not None:
+        return f"{option.kind.value} from {rules.minimum} to {rules.maximum}"
+    bounds = {"of at least": rules.minimum, "above": rules.above, "of at most": rules.maximum, "below": rules.below}
+    words = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+    return f"{option.kind.value} {' and '.join(words)}".strip()
+
+
+def read_value(option: Option, raw: object, path: str, faults: Faults, *, as_text: bool = False) -> Any:
+    """The checked value of an option.
+
+    Args:
+        raw: what the user wrote: a TOML value, or with `as_text` the text of a flag or of a `key=value`.
+        path: where it stands, for messages.
+        as_text: whether numbers, booleans and lists come as text.
+
+    Returns:
+        The value, or FAULTY after its faults went to `faults`.
+    """
+    try:
+        if as_text:
+            raw = _from_text(option, raw)
+        if option.kind is Kind.TEXTS:
+            return _texts(option, raw, path, faults)
+        return _checked(option, raw)
+    except InputError as fault:
+        faults.add(path, str(fault))
+        return FAULTY
+
+
+def unexpected(option: Option, raw: object) -> InputError:
+    """The fault of a value that is not what the option expects."""
+    hint = ""
+    if isinstance(raw, str) and not option.rules.choices and option.kind not in (Kind.TEXT, Kind.TEXTS):
+        bare = _literal(raw)
+        hint = "; write it without quotes" if isinstance(bare, (bool, int, float)) else ""
+    if isinstance(raw, str) and option.rules.choices:
+        hint = nearest(raw, option.rules.choices)
+    return InputError(f"expected {expectation(option)}, got {shown(raw)}{hint}")
+
+
+def _literal(text: str) -> object:
+    """The number, boolean or list that a text spells, else the text itself."""
+    word = text.strip()
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
+        return text
+
+
+def bare_value(raw: object) -> object:
+    """What one or more texts on the command line or in a `key=value` spell, for options of unknown type."""
+    if isinstance(raw, list):
+        return [bare_value(item) for item in raw]
+    return _literal(raw) if isinstance(raw, str) else raw
+
+
+def _from_text(option: Option, raw: object) -> object:
+    """The TOML value that a text stands for; an unreadable text stays as it is and fails the type check."""
+    if not isinstance(raw, str):
+        return raw
+    if option.kind is Kind.TEXTS:
+        return _split(raw)
+    if option.kind is Kind.TWO_NUMBERS:
+        return [_as_number(part, float) for part in raw.strip().strip("()[]").split(",")]
+    if option.kind is Kind.SWITCH:
+        value = {"true": True, "false": False}.get(raw.strip().lower())
+        return raw if value is None else value
+    if option.kind is Kind.INTEGER:
+        return _as_number(raw, int)
+    if option.kind is Kind.NUMBER:
+        return _as_number(raw, float)
+    if option.kind is Kind.INTEGER_OR_NUMBER:
+        whole = _as_number(raw, int)
+        return whole if isinstance(whole, int) else _as_number(raw, float)
+    return raw
+
+
+def _as_number(text: str, number: Callable[[str], float]) -> object:
+    try:
+        return number(text)
+    except ValueError:
+        return text
+
+
+def _split(text: str) -> object:
+    """The items of `a,b` or of a list written as in TOML, JSON or Python."""
+    items = _literal(text)  # a pattern such as "[qk]_proj" is none of these and stays a text
+    if isinstance(items, (list, tuple)):
+        return list(items)
+    return [item.strip() for item in text.split(",")]
+
+
+def _texts(option: Option, raw: object, path: str, faults: Faults) -> Any:
+    if not isinstance(raw, list):
+        raise unexpected(option, raw)
+    items: list[object] = []
+    for index, item in enumerate(raw):
+        try:
+            if not isinstance(item, str) or not item.strip():
+                raise InputError(f"expected a text, got {shown(item)}")
+            items.append(option.rules.convert(item) if option.rules.convert else item)
+        except InputError as fault:
+            faults.add(f"{path}[{index}]", str(fault))
+            items.append(FAULTY)
+    if FAULTY in items:
+        return FAULTY
+    if option.rules.check:
+        option.rules.check(tuple(items))
+    return tuple(items)
+
+
+def _checked(option: Option, raw: object) -> Any:
+    rules = option.rules
+    value = raw
+    if option.kind is Kind.TEXT:
+        value = _text(option, raw)
+    elif option.kind is Kind.SWITCH:
+        if not isinstance(raw, bool):
+            raise unexpected(option, raw)
+    elif option.kind is Kind.TWO_NUMBERS:
+        if not isinstance(raw, (list, tuple)) or len(raw) != 2:
+            raise unexpected(option, raw)
+        value = tuple(float(_number(option, part, raw)) for part in raw)
+    elif option.kind is not Kind.CUSTOM:
+        value = _number(option, raw, raw)
+        value = float(value) if option.kind is Kind.NUMBER else value
+    if rules.check and value is not None:
+        rules.check(value)
+    return rules.convert(value) if rules.convert else value
+
+
+def _text(option: Option, raw: object) -> str | None:
+    rules = option.rules
+    if not isinstance(raw, str):
+        raise unexpected(option, raw)
+    if rules.choices:
+        spelled = rules.synonyms.get(raw, raw)
+        if spelled in rules.refused:
+            raise InputError(f"{shown(raw)} {rules.refused[spelled]}")
+        if rules.ignore_case:
+            spelled = {choice.lower(): choice for choice in rules.choices}.get(spelled.lower(), spelled)
+        if spelled not in rules.choices:
+            raise unexpected(option, raw)
+        return spelled
+    if not raw.strip():
+        if option.optional:
+            return None  # "" asks for nothing
+        raise unexpected(option, raw)
+    if "\0" in raw:
+        raise InputError(f"expected a text without NUL characters, got {shown(raw)}")
+    return os.path.expanduser(raw) if rules.is_path else raw
+
+
+def _number(option: Option, part: object, raw: object) -> int | float:
+    """One number within the option's bounds; `raw` is the whole value, for the message."""
+    rules = option.rules
+    wanted = int if option.kind is Kind.INTEGER else (int, float)
+    if isinstance(part, bool) or not isinstance(part, wanted) or not math.isfinite(part):
+        raise unexpected(option, raw)
+    within = (
+        (rules.minimum is None or part >= rules.minimum)
+        and (rules.above is None or part > rules.above)
+        and (rules.maximum is None or part <= rules.maximum)
+        and (rules.below is None or part < rules.below)
+    )
+    if not within:
+        raise unexpected(option, raw)
+    return part

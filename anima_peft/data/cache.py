@@ -1,0 +1,246 @@
+"""Cached tensors on disk, named by what they were made from, and an index that spares reading files again.
+
+Nothing here is ever out of date: an entry's name is a hash of everything that decides its content, so a changed
+picture, caption, model or option asks for another name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+
+from ..errors import InputError
+from ..files import save_tensors, write_atomically
+
+CACHE_FOLDER_NAME = ".anima_cache"
+INDEX_NAME = "index.json"
+_INDEX_VERSION = 1
+Stamp = tuple[int, int]
+"""(bytes, time of the last change in ns) of a file."""
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder(image_dir: Path, cache_dir: Path | None) -> Path:
+    """Where the entries of a folder of pictures lie: `cache_dir` if given, else `<image_dir>/.anima_cache`."""
+    return image_dir / CACHE_FOLDER_NAME if cache_dir is None else cache_dir
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder` if missing and try a file in it, which leaves no trace.
+
+    Raises:
+        InputError: nothing can be written there; names the option `cache_dir`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def cache_key(**parts: Any) -> str:
+    """sha256 (64 hex digits) of `parts` as JSON with sorted keys.
+
+    Raises:
+        TypeError, ValueError: a part is not made of JSON's types, or is a NaN or an infinity.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+class TensorCache:
+    """Entries of one kind in a cache folder: `<folder>/<kind>/<2 hex>/<key>.safetensors`."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self._root = folder / kind
+
+    def path(self, key: str) -> Path:
+        """The file of the entry `key`, whether it exists or not."""
+        return self._root / key[:2] / f"{key}.safetensors"
+
+    def contains(self, key: str) -> bool:
+        """Whether the entry is there and whole; a damaged one counts as missing, to be written anew.
+
+        Reads the header only: it tells the length that the file must have.
+        """
+        try:
+            with safe_open(str(self.path(key)), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """The entry's tensors, on the CPU.
+
+        Raises:
+            InputError: the entry is missing or damaged.
+        """
+        return read_entry(self.path(key))
+
+    def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> Path:
+        """Store an entry, whole or not at all, and return its file.
+
+        Raises:
+            InputError: the folder cannot be written or the disk is full; names the option `cache_dir`.
+        """
+        path = self.path(key)
+        # Rows of one batch share its memory, which safetensors refuses to write.
+        own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        try:
+            save_tensors(path, own, {})
+        except (OSError, SafetensorError) as error:
+            raise _cannot_write(self.folder, error) from error
+        return path
+
+
+def read_entry(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one cache file, on the CPU.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        # Not mapped into memory: on Windows a mapped file can be neither replaced nor deleted.
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: this cache entry is missing or damaged ({error}); start anew to renew it") from error
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is remembered of a file while its size and time of change stay the same."""
+
+    sha256: str
+    """Of the file's bytes, 64 hex digits."""
+    picture_size: tuple[int, int] | None = None
+    """(width, height) with EXIF rotation applied, of a picture that was decoded without fault; else None."""
+
+
+class FileIndex:
+    """Facts about files, kept in one JSON file of a cache folder and keyed by path, size and time of change.
+
+    Only an accelerator: a missing, damaged or foreign index means that files are read again. Paths below the folder
+    that holds the cache folder are kept relative to it, so that a dataset moves together with its cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._base = folder.absolute().parent
+        self._entries = _load_index(folder / INDEX_NAME)
+        self._changed = False
+
+    def known(self, path: Path) -> FileFacts | None:
+        """The facts if the file has not changed since they were gathered; else, or if it is gone, None."""
+        entry = self._entries.get(self._key(path))
+        try:
+            return entry[1] if entry is not None and entry[0] == file_stamp(path) else None
+        except OSError:
+            return None
+
+    def remember(self, path: Path, stamp: Stamp, facts: FileFacts) -> None:
+        """Keep facts for `save`; `stamp` is the `file_stamp` from before the file was read."""
+        self._entries[self._key(path)] = (stamp, facts)
+        self._changed = True
+
+    def hash(self, path: Path) -> str:
+        """sha256 (64 hex digits) of a file's bytes; read only if the file is new or changed.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        facts = self.known(path)
+        if facts is None:
+            stamp = file_stamp(path)
+            with path.open("rb") as file:
+                facts = FileFacts(hashlib.file_digest(file, "sha256").hexdigest())
+            self.remember(path, stamp, facts)
+        return facts.sha256
+
+    def save(self) -> None:
+        """Write the index if it learned anything.
+
+        Raises:
+            InputError: the folder cannot be written; names the option `cache_dir`.
+        """
+        if not self._changed:
+            return
+        files = {
+            key: {"size": stamp[0], "mtime_ns": stamp[1], **_facts_to_json(facts)}
+            for key, (stamp, facts) in sorted(self._entries.items())
+        }
+        text = json.dumps({"version": _INDEX_VERSION, "files": files}, indent=0)
+        try:
+            write_atomically(self.folder / INDEX_NAME, lambda temporary: _write_text(temporary, text))
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from error
+        self._changed = False
+
+    def _key(self, path: Path) -> str:
+        path = path.absolute()
+        return path.relative_to(self._base).as_posix() if path.is_relative_to(self._base) else path.as_posix()
+
+
+def file_stamp(path: Path) -> Stamp:
+    """By what a file is taken for unchanged.
+
+    Raises:
+        OSError: there is no such file, or it cannot be looked at.
+    """
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _facts_to_json(facts: FileFacts) -> dict[str, Any]:
+    return {"sha256": facts.sha256, "picture_size": facts.picture_size}
+
+
+def _load_index(path: Path) -> dict[str, tuple[Stamp, FileFacts]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != _INDEX_VERSION:
+            raise ValueError(f"version {content['version']}")
+        return {key: _entry_from_json(value) for key, value in content["files"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        logger.warning("%s: this index is not usable (%s); files are read again and the index is rebuilt", path, error)
+        return {}
+
+
+def _entry_from_json(entry: dict[str, Any]) -> tuple[Stamp, FileFacts]:
+    size, mtime_ns, sha256, picture = (entry[name] for name in ("size", "mtime_ns", "sha256", "picture_size"))
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"{sha256!r} is not a sha256")
+    if picture is not None:
+        width, height = picture
+        picture = (int(width), int(height))
+        if min(picture) < 1:
+            raise ValueError(f"{picture} is not the size of a picture")
+    return (int(size), int(mtime_ns)), FileFacts(sha256, picture)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="ascii")
+
+
+def _cannot_write(folder: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(
+        f"{folder}: cannot write the cache here ({reason}); free the folder or the disk, or name another folder with "
+        "the option cache_dir"
+    )

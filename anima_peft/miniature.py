@@ -1,0 +1,276 @@
+"""A small Anima with random weights, in the layout of the real one, written in seconds.
+
+Same classes, same three files, same key names, small tokenizers of the same classes, and a few drawn pictures with
+captions: whatever runs on this runs on the real model, without a download or a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from string import ascii_lowercase, digits
+
+import torch
+from diffusers import AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model, T5TokenizerFast
+
+from .errors import InputError
+from .files import save_tensors, write_atomically
+from .models.compat import ensure_cosmos_without_torchvision
+from .models.names import CONDITIONER_PREFIX, native_to_diffusers
+from .models.precision import set_qk_norm_eps
+
+COLOURS = {"red": (214, 48, 49), "green": (0, 148, 50), "blue": (9, 80, 201), "yellow": (249, 202, 36)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (150, 150, 150)}
+SHAPES = ("circle", "square", "triangle")
+_COUNTS = ("one", "two", "three")
+_PICTURE_SIZES = ((64, 64), (96, 64), (64, 96))
+
+_TEXT_WIDTH = 64
+_DIT = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "num_layers": 2,
+    "text_embed_dim": _TEXT_WIDTH,
+    "adaln_lora_dim": 16,
+    "rope_scale": (1.0, 4.0, 4.0),
+    "extra_pos_embed_type": None,
+}
+_VAE_BASE_DIM = 8
+
+
+@dataclass(frozen=True)
+class MiniatureFiles:
+    """Where the parts of a written miniature are."""
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    t5_tokenizer: Path
+    pictures: Path
+
+
+def miniature_files(folder: str | Path) -> MiniatureFiles:
+    """The paths of a miniature in `folder`, whether or not it has been written."""
+    folder = Path(folder)
+    return MiniatureFiles(
+        transformer=folder / "anima_miniature.safetensors",
+        vae=folder / "qwen_image_vae_miniature.safetensors",
+        text_encoder=folder / "qwen_3_miniature.safetensors",
+        tokenizer=folder / "qwen_tokenizer",
+        t5_tokenizer=folder / "t5_tokenizer",
+        pictures=folder / "pictures",
+    )
+
+
+def write_miniature(folder: str | Path, *, seed: int = 0, overwrite: bool = False) -> MiniatureFiles:
+    """Write model, tokenizers and pictures.
+
+    Args:
+        folder: made if missing.
+        seed: of the random weights.
+        overwrite: whether files of an earlier miniature may be replaced.
+
+    Raises:
+        InputError: a file is there already and `overwrite` is false.
+    """
+    files = miniature_files(folder)
+    present = [path for path in vars(files).values() if path.exists()]
+    if present and not overwrite:
+        raise InputError(f"{present[0]} exists already; choose another folder or add --overwrite.")
+    ensure_cosmos_without_torchvision()
+    write_tokenizers(files.tokenizer, files.t5_tokenizer, [scene.caption for scene in scenes()])
+    qwen = Qwen2Tokenizer.from_pretrained(files.tokenizer)
+    t5 = T5TokenizerFast.from_pretrained(files.t5_tokenizer)
+    # A generator of its own: the caller's random state is not ours to change.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer, conditioner = build_dit(len(t5))
+        text_encoder, vae = build_text_encoder(len(qwen)), build_vae()
+    what = {"modelspec.title": "Anima miniature", "modelspec.description": "Random weights; for trying things out."}
+    save_tensors(files.transformer, native_state_dict(transformer, conditioner), what)
+    save_tensors(files.vae, wan_state_dict(vae), what)
+    save_tensors(files.text_encoder, {f"model.{k}": v for k, v in text_encoder.state_dict().items()}, what)
+    write_pictures(files.pictures)
+    return files
+
+
+def build_dit(t5_vocabulary: int) -> tuple[CosmosTransformer3DModel, AnimaTextConditioner]:
+    """DiT and conditioner, 0.3 M parameters; nothing is zero, so that no branch is silent."""
+    transformer = CosmosTransformer3DModel(**_DIT)
+    set_qk_norm_eps(transformer)
+    conditioner = AnimaTextConditioner(
+        source_dim=_TEXT_WIDTH,
+        target_dim=_TEXT_WIDTH,
+        model_dim=_TEXT_WIDTH,
+        num_layers=2,
+        num_attention_heads=4,
+        target_vocab_size=t5_vocabulary,
+    )
+    for model in (transformer, conditioner):
+        model.requires_grad_(False).eval()
+    return transformer, conditioner
+
+
+def build_text_encoder(vocabulary: int) -> Qwen3Model:
+    """Qwen3 with two layers, 0.1 M parameters."""
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=_TEXT_WIDTH,
+        intermediate_size=2 * _TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+    )
+    return Qwen3Model(config).requires_grad_(False).eval()
+
+
+def build_vae() -> AutoencoderKLQwenImage:
+    """The VAE at a twelfth of its width, with the real one's latent channels, strides and normalisation."""
+    return AutoencoderKLQwenImage(base_dim=_VAE_BASE_DIM).requires_grad_(False).eval()
+
+
+def native_state_dict(
+    transformer: CosmosTransformer3DModel, conditioner: AnimaTextConditioner, prefix: str = "net."
+) -> dict[str, torch.Tensor]:
+    """Weights under the original checkpoint's names, DiT and `llm_adapter` together."""
+    weights = transformer.state_dict()
+    tensors = {
+        f"{prefix}{native}.weight": weights[f"{ours}.weight"]
+        for native, ours in native_to_diffusers(len(transformer.transformer_blocks)).items()
+    }
+    tensors |= {f"{prefix}{CONDITIONER_PREFIX}{key}": tensor for key, tensor in conditioner.state_dict().items()}
+    return tensors
+
+
+_WAN_RENAMES = (
+    (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+    (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.norm1\.", ".residual.0."),
+    (r"\.conv1\.(weight|bias)$", r".residual.2.\1"),
+    (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."),
+)
+
+
+def wan_state_dict(vae: AutoencoderKLQwenImage) -> dict[str, torch.Tensor]:
+    """The VAE's weights under Wan's names, as qwen_image_vae.safetensors has them.
+
+    The inverse of diffusers' `convert_wan_vae_to_diffusers`, which knows the real depth of two resnets a block.
+    """
+    return {_wan_name(key): tensor for key, tensor in vae.state_dict().items()}
+
+
+def _wan_name(key: str) -> str:
+    # Four flat entries an up block: three resnets, then the upsampler.
+    key = re.sub(r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.", lambda m: f".upsamples.{4 * int(m[1]) + int(m[2])}.", key)
+    key = re.sub(r"\.up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f".upsamples.{4 * int(m[1]) + 3}.", key)
+    top_level = re.match(r"^(quant_conv|post_quant_conv|(encoder|decoder)\.conv_(in|out))\.", key)
+    for pattern, replacement in _WAN_RENAMES:
+        # `encoder.conv1` has just been made of `encoder.conv_in`; it is not a resnet's first convolution.
+        if top_level and replacement.startswith(".residual"):
+            continue
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def write_tokenizers(qwen_folder: Path, t5_folder: Path, corpus: list[str]) -> None:
+    """Small tokenizers of the real classes: byte-level BPE for Qwen, Unigram with byte fallback for T5."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    quiet = {"show_progress": False}
+    bpe.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=special, **quiet)
+    )
+    end = "<|endoftext|>"
+    Qwen2Tokenizer(tokenizer_object=bpe, pad_token=end, eos_token=end).save_pretrained(qwen_folder)
+
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    letters = sorted({letter for caption in corpus for letter in caption} | set(ascii_lowercase + digits + ",."))
+    unigram.train_from_iterator(
+        corpus,
+        trainers.UnigramTrainer(
+            vocab_size=200,
+            initial_alphabet=letters,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            unk_token="<unk>",
+            **quiet,
+        ),
+    )
+    vocabulary = [(piece, score) for piece, score in json.loads(unigram.to_str())["model"]["vocab"]]
+    T5TokenizerFast(vocab=vocabulary, extra_ids=0).save_pretrained(t5_folder)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows."""
+
+    colour: str
+    shape: str
+    background: str
+    count: int
+
+    @property
+    def caption(self) -> str:
+        plural = "" if self.count == 1 else "s"
+        return f"{_COUNTS[self.count - 1]} {self.colour} {self.shape}{plural}, {self.background} background"
+
+    def paint(self, width: int, height: int) -> Image.Image:
+        """The picture, antialiased by nothing: flat colours with hard edges."""
+        picture = Image.new("RGB", (width, height))
+        draw = ImageDraw.Draw(picture)
+        draw.rectangle((0, 0, width, height), fill=BACKGROUNDS[self.background])
+        radius = min(width / (2.4 * self.count), height / 3)
+        for i in range(self.count):
+            x, y = width * (2 * i + 1) / (2 * self.count), height / 2
+            box = (x - radius, y - radius, x + radius, y + radius)
+            if self.shape == "circle":
+                draw.ellipse(box, fill=COLOURS[self.colour])
+            elif self.shape == "square":
+                draw.rectangle(box, fill=COLOURS[self.colour])
+            else:
+                draw.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=COLOURS[self.colour])
+        return picture
+
+
+def scenes() -> list[Scene]:
+    """The small set: every shape in every colour, with varying number and background."""
+    kinds = [(colour, shape) for shape in SHAPES for colour in COLOURS]
+    backgrounds = list(BACKGROUNDS)
+    return [
+        Scene(colour, shape, backgrounds[number % len(backgrounds)], number % len(_COUNTS) + 1)
+        for number, (colour, shape) in enumerate(kinds)
+    ]
+
+
+def write_pictures(folder: Path) -> None:
+    """Twelve drawn pictures of two sizes, each with its caption beside it."""
+    for number, scene in enumerate(scenes()):
+        picture = scene.paint(*_PICTURE_SIZES[number % len(_PICTURE_SIZES)])
+        caption = (scene.caption + "\n").encode()
+        write_atomically(folder / f"{number:02d}.png", picture.save)
+        write_atomically(folder / f"{number:02d}.txt", partial(Path.write_bytes, data=caption))

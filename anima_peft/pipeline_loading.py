@@ -1,0 +1,76 @@
+"""How `AnimaPipeline` is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from .errors import InputError
+from .models.folders import PARTS, check_folder, fetch_folder, stock_index
+from .models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+
+_HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+_LIBRARIES = ("diffusers", "transformers", None)  # None stands for a part that the folder does not have
+
+
+class AnimaPipelineLoader(DiffusionPipeline):
+    """The loading half of `AnimaPipeline`, which alone can be instantiated."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load from a diffusers folder or a hub repo, with `model_index.json` or only `modular_model_index.json`.
+
+        Weights are read from safetensors alone, and no path written inside either index is followed.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repo id such as "circlestone-labs/Anima-Base-v1.0-Diffusers".
+            kwargs: as for `DiffusionPipeline.from_pretrained`: torch_dtype, variant, quantization_config, revision,
+                token, cache_dir, local_files_only, …, and any part by its name, which then is not read.
+
+        Raises:
+            InputError: no such folder or repo, a part is missing or of another model, or its weights do not fit.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise InputError("use_safetensors=False was given. Pickled weights can run code and are not loaded.")
+        if "torch_dtype" in kwargs:  # the name that everybody knows, which diffusers 0.42 began to deprecate
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        parts = [part for part in PARTS if part not in kwargs]
+        folder = fetch_folder(str(pretrained_model_name_or_path), parts, **hub_options)
+        check_folder(folder, parts, kwargs.get("variant"))
+        if "tokenizer" in parts:
+            kwargs["tokenizer"] = load_qwen_tokenizer(folder / "tokenizer")
+        if "t5_tokenizer" in parts:
+            kwargs["t5_tokenizer"] = load_t5_tokenizer(folder / "t5_tokenizer")
+        pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    @classmethod
+    def load_config(  # type: ignore[override]  # the base class lists two flags that pass through here
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """The folder's `model_index.json`, or, where there is none, the stock classes in the usual subfolders.
+
+        A `modular_model_index.json` is not read: all it could add are other places to load the parts from.
+
+        Raises:
+            InputError: the index names a class of another library than diffusers and transformers, which to load
+                would run code.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / cls.config_name).is_file():
+            return stock_index(cls.__name__)
+        index: Any = super().load_config(pretrained_model_name_or_path, **kwargs)
+        libraries = {part: entry[0] for part, entry in index.items() if isinstance(entry, list)}
+        foreign = {part: library for part, library in libraries.items() if library not in _LIBRARIES}
+        if foreign:
+            raise InputError.from_faults(
+                f"{folder / cls.config_name}: names classes outside diffusers and transformers; load those parts "
+                "yourself and give them as arguments:",
+                [f"{part}: {library}" for part, library in foreign.items()],
+            )
+        return index

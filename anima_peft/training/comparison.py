@@ -1,0 +1,59 @@
+"""The proof at the end of a run: the same prompts and seeds without and with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..generation import Request, draw, labelled_grid, save_picture
+from ..models.encoders import load_text_encoder, load_vae
+from ..models.sources import ModelSources
+from ..models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from ..pipeline import AnimaPipeline
+from ..transformer import AnimaTransformerModel
+from .encoding import encoder_dtype
+from .outputs import Outputs
+
+
+def draw_comparison(
+    model: AnimaTransformerModel,
+    sources: ModelSources,
+    outputs: Outputs,
+    requests: Sequence[Request],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Path:
+    """Draw each request without and with the saved adapter, and write the pictures and a labelled grid of them.
+
+    The adapter is taken off the model and read back from its file through `pipe.load_lora_weights`: what is shown is
+    what anyone gets who loads the file.
+
+    Returns:
+        The grid's path.
+    """
+    model.unload_lora()
+    model.disable_gradient_checkpointing()
+    compute = encoder_dtype(dtype)
+    pipe = AnimaPipeline.from_parts(
+        model,
+        text_encoder=load_text_encoder(sources.text_encoder, compute),
+        vae=load_vae(sources.vae, compute),
+        tokenizer=load_qwen_tokenizer(sources.tokenizer),
+        t5_tokenizer=load_t5_tokenizer(sources.t5_tokenizer),
+    ).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    # Large pictures decode in tiles: where training fits, this must fit too.
+    pipe.enable_vae_tiling()
+    without = [draw(pipe, request) for request in requests]
+    pipe.load_lora_weights(outputs.final, adapter_name="trained")
+    with_adapter = [draw(pipe, request) for request in requests]
+    for number, pair in enumerate(zip(without, with_adapter, strict=True), start=1):
+        for picture, label in zip(pair, ("without", "with"), strict=True):
+            save_picture(picture, outputs.folder / f"{outputs.name}-{number:02d}-{label}.png")
+    rows = [list(pair) for pair in zip(without, with_adapter, strict=True)]
+    grid = labelled_grid(rows, [request.prompt for request in requests], ["without", "with adapter"])
+    save_picture(grid, outputs.comparison)
+    return outputs.comparison

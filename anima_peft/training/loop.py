@@ -1,0 +1,168 @@
+"""The training loop: one batch after the other, and what happens between optimizer steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..data.dataset import BucketBatchSampler
+from ..errors import TrainingError
+from .flow import add_noise, flow_loss, velocity
+from .state import Progress
+
+_AVERAGED = 50
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop drives, all prepared by accelerate.
+
+    Attributes:
+        model: `AnimaTransformerModel`, perhaps wrapped for several processes.
+        optimizer, scheduler: over `parameters`.
+        loader: accelerate's data loader over batches of `collate`; `sampler` decides their order.
+        parameters: the adapter's, all that is trained.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loader: Any
+    sampler: BucketBatchSampler
+    parameters: list[torch.nn.Parameter]
+
+
+def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean loss of one batch, float32.
+
+    Args:
+        batch: latents and noise (B, 16, h, w) float32, sigma (B,) float32, and the text under the names that
+            `AnimaTransformerModel.forward` takes.
+    """
+    text = {key: value for key, value in batch.items() if key not in ("latents", "noise", "sigma")}
+    noisy = add_noise(batch["latents"], batch["noise"], batch["sigma"])
+    prediction = model(noisy, batch["sigma"], **text)
+    return flow_loss(prediction, velocity(batch["latents"], batch["noise"])).mean()
+
+
+def run_loop(
+    accelerator: Accelerator,
+    parts: Parts,
+    progress: Progress,
+    *,
+    total_steps: int,
+    max_grad_norm: float,
+    on_step: Callable[[], None],
+    on_epoch: Callable[[], None],
+) -> None:
+    """Train until `progress.step` is `total_steps`.
+
+    Args:
+        progress: changed in place; where it does not start at zero, the batches done already are skipped.
+        max_grad_norm: gradients are clipped to this norm; 0 leaves them.
+        on_step: called after every optimizer step.
+        on_epoch: called after every epoch.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    meter = _Meter(accelerator, parts, progress, total_steps)
+    parts.model.train()
+    with meter.bar:
+        while progress.step < total_steps:
+            loader = accelerator.skip_first_batches(parts.loader, progress.batch) if progress.batch else parts.loader
+            # Both: accelerate's loader counts epochs of its own and hands its count to the sampler.
+            loader.set_epoch(progress.epoch)
+            parts.sampler.set_epoch(progress.epoch)
+            for batch in loader:
+                with accelerator.accumulate(parts.model):
+                    loss = batch_loss(parts.model, batch)
+                    accelerator.backward(loss)
+                    norm = None
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parts.parameters, max_grad_norm or math.inf)
+                    parts.optimizer.step()
+                    parts.optimizer.zero_grad(set_to_none=True)
+                progress.batch += 1
+                meter.add(loss, len(batch["sigma"]))
+                if accelerator.sync_gradients:
+                    progress.step += 1
+                    meter.step(norm)
+                    if not accelerator.optimizer_step_was_skipped:
+                        parts.scheduler.step()
+                    on_step()
+                    if progress.step >= total_steps:
+                        break
+            if progress.batch >= len(parts.loader):
+                progress.epoch += 1
+                progress.batch = 0
+                on_epoch()
+
+
+class _Meter:
+    """Loss, rate and speed, on the progress bar and in the tracker."""
+
+    def __init__(self, accelerator: Accelerator, parts: Parts, progress: Progress, total_steps: int):
+        self._accelerator, self._parts, self._progress = accelerator, parts, progress
+        self._losses: list[float] = []
+        self._recent: list[float] = []
+        self._samples = 0
+        self._resident = 0
+        self._clock = time.perf_counter()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
+
+    def add(self, loss: torch.Tensor, samples: int) -> None:
+        """Count one batch.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} in step {self._progress.step + 1}. Lower learning_rate, or use mixed_precision "
+                '"bf16" (or "no") instead of "fp16".'
+            )
+        self._losses.append(value)
+        self._samples += samples
+
+    def step(self, norm: torch.Tensor | None) -> None:
+        """Report one optimizer step: the mean over its accumulated batches."""
+        loss = sum(self._losses) / len(self._losses)
+        self._recent = [*self._recent[1 - _AVERAGED :], loss]
+        now = time.perf_counter()
+        rate = self._parts.scheduler.get_last_lr()[0]
+        values = {
+            "loss": loss,
+            "lr": rate,
+            "samples_per_second": self._samples / (now - self._clock),
+        }
+        if norm is not None:
+            values["gradient_norm"] = float(norm)
+        values["peak_memory_gib"] = self._peak_memory() / _GIB
+        self._accelerator.log(values, step=self._progress.step)
+        self._losses, self._samples, self._clock = [], 0, now
+        self.bar.set_postfix(loss=f"{sum(self._recent) / len(self._recent):.4f}", lr=f"{rate:.2e}", refresh=False)
+        self.bar.update()
+
+    def _peak_memory(self) -> int:
+        """Bytes: the graphics card's, or, without one, the process's as far as it was seen at steps."""
+        if self._accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        self._resident = max(self._resident, psutil.Process().memory_info().rss)
+        return self._resident

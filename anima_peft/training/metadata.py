@@ -1,0 +1,159 @@
+"""What a trained file says of its training, under sd-scripts' names (`ss_*`) and the model spec's."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..data.pictures import Picture
+from ..models.sources import ModelSources
+from .encoding import ModelHashes
+from .state import Progress
+
+if TYPE_CHECKING:
+    from ..config import TrainOptions
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run once its data and model are there.
+
+    Attributes:
+        sources: the model's files; `hashes` identifies them.
+        batches_per_epoch, total_steps, epochs: the plan.
+        started_at: seconds since 1970.
+        session_id: sd-scripts' id of a run, a random 32-bit number in decimal.
+    """
+
+    sources: ModelSources
+    hashes: ModelHashes
+    batches_per_epoch: int
+    total_steps: int
+    epochs: int
+    started_at: float = field(default_factory=time.time)
+    session_id: str = field(default_factory=lambda: str(uuid.uuid4().int >> 96))
+
+
+MetadataWriter = Callable[[Progress], dict[str, str]]
+"""The metadata of a file saved where the run stands."""
+
+
+def training_metadata(
+    train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, progress: Progress
+) -> dict[str, str]:
+    """All metadata of a file saved at `progress`; texts only, and nothing that the run does not know.
+
+    With `no_metadata`, only what describes the network is left, which every adapter file has.
+    """
+    if train.save.no_metadata:
+        return {}
+    values = {
+        **_run(train, pictures, facts, progress),
+        **_options(train),
+        **_model_spec(train, pictures),
+        "ss_dataset_dirs": json.dumps(dataset_dirs(pictures), ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(tag_frequency(pictures), ensure_ascii=False),
+        "ss_bucket_info": json.dumps(bucket_info(pictures)),
+        "ss_resolution": json.dumps(sorted({picture.placement.bucket for picture in pictures})),
+    }
+    return {key: value if isinstance(value, str) else str(value) for key, value in values.items() if value is not None}
+
+
+def _run(train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, progress: Progress) -> Mapping[str, object]:
+    return {
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_training_finished_at": time.time(),
+        "ss_output_name": train.save.output_name,
+        "ss_num_train_images": sum(picture.num_repeats for picture in pictures),
+        "ss_num_reg_images": 0,
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
+        "ss_num_epochs": facts.epochs,
+        "ss_epoch": progress.epoch,
+        "ss_steps": progress.step,
+        "ss_max_train_steps": facts.total_steps,
+        "ss_sd_model_name": facts.sources.transformer.name,
+        "ss_new_sd_model_hash": facts.hashes.transformer,
+        "ss_vae_name": facts.sources.vae.name,
+        "ss_new_vae_hash": facts.hashes.vae,
+    }
+
+
+def _options(train: TrainOptions) -> Mapping[str, object]:
+    network_args = {
+        "target_modules": ",".join(train.network.target_modules),
+        "train_llm_adapter": str(train.network.train_llm_adapter),
+    }
+    return {
+        "ss_learning_rate": train.optimizer.learning_rate,
+        "ss_unet_lr": train.optimizer.learning_rate,
+        "ss_optimizer": f"torch.optim.AdamW(betas={train.optimizer.betas},eps={train.optimizer.eps},"
+        f"weight_decay={train.optimizer.weight_decay})",
+        "ss_lr_scheduler": train.optimizer.lr_scheduler,
+        "ss_lr_warmup_steps": train.optimizer.lr_warmup_steps,
+        "ss_max_grad_norm": train.optimizer.max_grad_norm,
+        "ss_network_dropout": train.network.network_dropout,
+        "ss_network_args": json.dumps(network_args),
+        "ss_gradient_accumulation_steps": train.loop.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": train.loop.gradient_checkpointing,
+        "ss_mixed_precision": train.loop.mixed_precision,
+        "ss_seed": train.loop.seed,
+        "ss_max_token_length": train.model.anima_seq_len,
+        "ss_cache_latents": True,
+        "ss_timestep_sampling": train.flow.timestep_sampling,
+        "ss_sigmoid_scale": train.flow.sigmoid_scale,
+        "ss_discrete_flow_shift": train.flow.discrete_flow_shift,
+        "ss_loss_type": "l2",
+        "ss_weighting_scheme": "none",
+        "ss_training_comment": train.save.training_comment,
+    }
+
+
+def _model_spec(train: TrainOptions, pictures: Sequence[Picture]) -> Mapping[str, object]:
+    # The most frequent bucket is what the adapter has seen most of.
+    buckets = Counter(picture.placement.bucket for picture in pictures)
+    width, height = buckets.most_common(1)[0][0]
+    return {
+        "modelspec.title": train.save.metadata_title or train.save.output_name,
+        "modelspec.author": train.save.metadata_author,
+        "modelspec.description": train.save.metadata_description,
+        "modelspec.license": train.save.metadata_license,
+        "modelspec.tags": train.save.metadata_tags,
+        "modelspec.resolution": f"{width}x{height}",
+    }
+
+
+def dataset_dirs(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
+    """sd-scripts' `ss_dataset_dirs`: folder name -> repeats and number of pictures. Full paths stay private."""
+    folders: dict[str, dict[str, int]] = {}
+    for picture in pictures:
+        entry = folders.setdefault(picture.path.parent.name, {"n_repeats": picture.num_repeats, "img_count": 0})
+        entry["img_count"] += 1
+    return folders
+
+
+def tag_frequency(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
+    """sd-scripts' `ss_tag_frequency`: folder name -> tag -> how often, for captions separated by commas."""
+    frequency: dict[str, Counter[str]] = {}
+    for picture in pictures:
+        tags = (tag.strip() for tag in picture.caption.split(","))
+        frequency.setdefault(picture.path.parent.name, Counter()).update(tag for tag in tags if tag)
+    return {folder: dict(counter) for folder, counter in frequency.items()}
+
+
+def bucket_info(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, object]]]:
+    """sd-scripts' `ss_bucket_info`: each bucket's size and how many pictures, repeats counted."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for picture in pictures:
+        counts[picture.placement.bucket] += picture.num_repeats
+    return {
+        "buckets": {
+            str(number): {"resolution": list(bucket), "count": count}
+            for number, (bucket, count) in enumerate(sorted(counts.items()))
+        }
+    }

@@ -1,0 +1,110 @@
+"""The files a run writes: their names, as sd-scripts names them, which may exist already, which go again."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ..errors import InputError
+
+SUFFIX = ".safetensors"
+STATE_SUFFIX = "-state"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Names in the run's folder.
+
+    Attributes:
+        folder: `output_dir`.
+        name: `output_name`.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def final(self) -> Path:
+        return self.folder / f"{self.name}{SUFFIX}"
+
+    @property
+    def final_state(self) -> Path:
+        return self.folder / f"{self.name}{STATE_SUFFIX}"
+
+    @property
+    def comparison(self) -> Path:
+        """The grid of pictures without and with the adapter."""
+        return self.folder / f"{self.name}-comparison.png"
+
+    def after_epoch(self, epoch: int) -> Path:
+        """File saved after `epoch` epochs, counted from 1."""
+        return self.folder / f"{self.name}-{epoch:06d}{SUFFIX}"
+
+    def after_step(self, step: int) -> Path:
+        """File saved after `step` optimizer steps."""
+        return self.folder / f"{self.name}-step{step:08d}{SUFFIX}"
+
+    def existing(self) -> list[Path]:
+        """What an earlier run of this name left in the folder."""
+        if not self.folder.is_dir():
+            return []
+        numbered = [f"{self.name}-{'[0-9]' * 6}", f"{self.name}-step{'[0-9]' * 8}"]
+        patterns = [self.name, *numbered]
+        found = [
+            path
+            for path in sorted(self.folder.iterdir())
+            if any(path.match(_literal(p) + s) for p in patterns for s in (SUFFIX, STATE_SUFFIX))
+        ]
+        return found + [path for path in (self.comparison,) if path.exists()]
+
+
+def _literal(pattern: str) -> str:
+    """A glob in which only the digit classes of our own numbering are special; user names may contain brackets."""
+    return "[0-9]".join(glob.escape(part) for part in pattern.split("[0-9]"))
+
+
+def state_folder(adapter_file: Path) -> Path:
+    """Where the state that belongs to a saved adapter goes."""
+    return adapter_file.with_name(adapter_file.name.removesuffix(SUFFIX) + STATE_SUFFIX)
+
+
+def resolve_folder(output_dir: str, now: datetime) -> Path:
+    """`output_dir` with `{time}` replaced by YYYYMMDD_HHMMSS."""
+    return Path(output_dir.replace("{time}", f"{now:%Y%m%d_%H%M%S}")).expanduser()
+
+
+def require_free(outputs: Outputs, *, overwrite: bool, resume: bool) -> None:
+    """Refuse to start over an earlier run's files.
+
+    Raises:
+        InputError: such files exist, and neither `--overwrite` nor `--resume` was given.
+    """
+    existing = outputs.existing()
+    if existing and not (overwrite or resume):
+        names = ", ".join(path.name for path in existing[:5]) + (" …" if len(existing) > 5 else "")
+        raise InputError(
+            f"output_dir: {outputs.folder} already holds {names}. Choose another output_dir or output_name, go on with "
+            "`--resume <state folder>`, or add `--overwrite` to replace these files."
+        )
+
+
+def files_to_drop(saved: list[tuple[int, str]], now: int, keep_last: int | None) -> list[tuple[int, str]]:
+    """Which files saved at earlier steps or epochs are not among the last `keep_last` any more.
+
+    A file goes once it is more than `keep_last` steps (or epochs) old, as sd-scripts' `save_last_n_steps` has it.
+
+    Args:
+        saved: (step or epoch, file name) of this run's files of one kind.
+        now: the present step or epoch.
+        keep_last: `save_last_n_steps` or `save_last_n_epochs`; None keeps all.
+    """
+    return [] if keep_last is None else [entry for entry in saved if entry[0] < now - keep_last]
+
+
+def remove(path: Path) -> None:
+    """Delete a saved adapter and the state beside it, if they are still there."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(state_folder(path), ignore_errors=True)

@@ -1,0 +1,88 @@
+"""When the run writes its adapter, and which earlier files go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..adapters.formats import Format
+from ..transformer import AnimaTransformerModel
+from .metadata import MetadataWriter
+from .outputs import Outputs, files_to_drop, remove, state_folder
+from .state import ADAPTER_NAME, Progress, save_state
+
+
+class Saver:
+    """Writes adapters and states as the options ask for; only the main process writes.
+
+    Args:
+        model: the bare model.
+        outputs: names in the run's folder.
+        progress: where the run stands; remembers what was saved.
+        metadata: text of each file.
+        format, dtype: of the files.
+        every_steps, every_epochs: None for never.
+        keep_steps, keep_epochs: None for all.
+        with_state: save the state beside every adapter; `state_at_end`: beside the last.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: AnimaTransformerModel,
+        outputs: Outputs,
+        progress: Progress,
+        metadata: MetadataWriter,
+        *,
+        format: Format,
+        dtype: torch.dtype,
+        every_steps: int | None,
+        every_epochs: int | None,
+        keep_steps: int | None,
+        keep_epochs: int | None,
+        with_state: bool,
+        state_at_end: bool,
+    ):
+        self._accelerator, self._model, self._outputs, self._progress = accelerator, model, outputs, progress
+        self._metadata, self._format, self._dtype = metadata, format, dtype
+        self._every_steps, self._every_epochs = every_steps, every_epochs
+        self._keep_steps, self._keep_epochs = keep_steps, keep_epochs
+        self._with_state, self._state_at_end = with_state, with_state or state_at_end
+
+    def after_step(self) -> None:
+        """Save if `every_steps` divides the steps done."""
+        step = self._progress.step
+        if self._every_steps and step % self._every_steps == 0:
+            self._save(self._outputs.after_step(step), self._progress.saved_steps, step, self._keep_steps)
+
+    def after_epoch(self) -> None:
+        """Save if `every_epochs` divides the epochs done."""
+        epoch = self._progress.epoch
+        if self._every_epochs and epoch % self._every_epochs == 0:
+            self._save(self._outputs.after_epoch(epoch), self._progress.saved_epochs, epoch, self._keep_epochs)
+
+    def at_end(self) -> Path:
+        """Save under the run's plain name."""
+        self._write(self._outputs.final, state=self._state_at_end)
+        return self._outputs.final
+
+    def _save(self, path: Path, saved: list[tuple[int, str]], number: int, keep: int | None) -> None:
+        if number not in dict(saved):
+            saved.append((number, path.name))
+        dropped = files_to_drop(saved, number, keep)
+        # Out of the list first: the state about to be written must not remember files that go.
+        saved[:] = [entry for entry in saved if entry not in dropped]
+        self._write(path, state=self._with_state)
+        if self._accelerator.is_main_process:
+            for _, name in dropped:
+                remove(self._outputs.folder / name)
+
+    def _write(self, path: Path, *, state: bool) -> None:
+        if self._accelerator.is_main_process:
+            self._model.save_lora_adapter(
+                path, ADAPTER_NAME, self._format, metadata=self._metadata(self._progress), dtype=self._dtype
+            )
+        if state:
+            save_state(self._accelerator, state_folder(path))

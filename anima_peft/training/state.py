@@ -1,0 +1,111 @@
+"""A run's state on the disk: adapter, optimizer, schedule, scaler and random states, and where the run stands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..adapters import exchange
+from ..adapters.formats import parse
+from ..adapters.lora import write_factors
+from ..adapters.naming import ModuleTable
+from ..errors import InputError
+from ..files import write_atomically
+from ..transformer import AnimaTransformerModel
+
+ADAPTER_FILE = "adapter.safetensors"
+PROGRESS_FILE = "progress.json"
+ADAPTER_NAME = "default"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: epochs done.
+        batch: batches done of the present epoch.
+        saved_steps, saved_epochs: (number, file name) of the adapters this run wrote and has not dropped.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    saved_steps: list[tuple[int, str]] = field(default_factory=list)
+    saved_epochs: list[tuple[int, str]] = field(default_factory=list)
+
+
+def register(accelerator: Accelerator, model: AnimaTransformerModel, progress: Progress) -> None:
+    """Make accelerate's `save_state` and `load_state` carry the adapter and the progress instead of the whole model."""
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        weights.clear()  # the frozen base is not part of a state
+        if accelerator.is_main_process:
+            exchange.save_adapter(model.components, Path(folder) / ADAPTER_FILE, ADAPTER_NAME)
+            text = json.dumps(asdict(progress), indent=2)
+            write_atomically(Path(folder) / PROGRESS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def load(models: list[Any], folder: str) -> None:
+        models.clear()
+        table = ModuleTable(model.components)
+        file = Path(folder) / ADAPTER_FILE
+        tensors, metadata = exchange.read_adapter_file(file)
+        weights = parse(tensors, metadata, table, str(file))
+        _require_same_network(model, weights, table, file)
+        write_factors(model.components, weights, ADAPTER_NAME)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _require_same_network(model: AnimaTransformerModel, weights: Any, table: ModuleTable, file: Path) -> None:
+    present = exchange.read_adapter(model.components, ADAPTER_NAME)
+    same = present.keys() == weights.keys() and all(
+        (present[name].rank, present[name].alpha) == (weights[name].rank, weights[name].alpha) for name in present
+    )
+    if not same:
+        raise InputError(
+            f"resume: {file.parent} was made with another network: {len(weights)} modules of rank "
+            f"{_ranks(weights)}, but this run has {len(present)} of rank {_ranks(present)} (or another alpha). "
+            "Resume with the network options the run was started with."
+        )
+
+
+def _ranks(weights: Any) -> str:
+    return ", ".join(map(str, sorted({factors.rank for factors in weights.values()}))) or "none"
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood that a state folder belongs to.
+
+    Raises:
+        InputError: the folder is missing or is no state folder.
+    """
+    file = folder / PROGRESS_FILE
+    if not file.is_file():
+        raise InputError(f"resume: {folder} is not a state folder (no {PROGRESS_FILE}); expected one named …-state.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("saved_steps", "saved_epochs"):
+            values[key] = [(int(number), str(name)) for number, name in values[key]]
+        return Progress(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"resume: {file} cannot be read ({error}); use an earlier state.") from error
+
+
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write the state beside its place, then put it there; an earlier state of that name goes only then."""
+    fresh, old = folder.with_name(f".{folder.name}-new"), folder.with_name(f".{folder.name}-old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    accelerator.save_state(str(fresh))
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,11 @@
+"""Train an adapter for Anima.
+
+accelerate launch examples/train_anima_lora.py --config_file train_args.toml --dataset_config dataset.toml
+"""
+
+import sys
+
+from anima_peft.cli import report_faults, train_from
+
+if __name__ == "__main__":
+    sys.exit(report_faults(lambda: train_from(sys.argv[1:], prog="train_anima_lora.py")))

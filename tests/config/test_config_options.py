@@ -1,0 +1,331 @@
+"""Every option, read from the train args and from the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anima_peft.config import TrainOptions, build_parser, foreign, load
+from anima_peft.config.dataset import DatasetKeys, SubsetKeys
+from anima_peft.config.loading import _GROUPS, _OPTIONS
+from anima_peft.config.options import options_of
+from anima_peft.errors import InputError
+
+# option: (value in the TOML, words on the command line, value kept)
+CASES: dict[str, tuple[Any, list[str], Any]] = {
+    "anima_transformer": ("other/model", ["other/model"], "other/model"),
+    "vae": ("v.safetensors", ["v.safetensors"], "v.safetensors"),
+    "qwen": ("q", ["q"], "q"),
+    "qwen_tokenizer_dir": ("t", ["t"], "t"),
+    "t5_tokenizer_dir": ("t5", ["t5"], "t5"),
+    "anima_seq_len": (256, ["256"], 256),
+    "network_module": ("networks.lora_anima", ["networks.lora_anima"], "networks.lora_anima"),
+    "network_dim": (16, ["16"], 16),
+    "network_alpha": (2, ["2"], 2.0),
+    "network_dropout": (0.5, ["0.5"], 0.5),
+    "timestep_sampling": ("flux_shift", ["flux_shift"], "flux_shift"),
+    "sigmoid_scale": (1.3, ["1.3"], 1.3),
+    "discrete_flow_shift": (3, ["3"], 3.0),
+    "optimizer_type": ("adamw", ["ADAMW"], "AdamW"),
+    "learning_rate": (1, ["1"], 1.0),
+    "lr_scheduler": ("cosine", ["cosine"], "cosine"),
+    "lr_warmup_steps": (0.1, ["0.1"], 0.1),
+    "lr_scheduler_num_cycles": (3, ["3"], 3),
+    "lr_scheduler_power": (2, ["2"], 2.0),
+    "max_grad_norm": (0, ["0"], 0.0),
+    "max_train_steps": (10, ["10"], 10),
+    "max_train_epochs": (5, ["5"], 5),
+    "train_batch_size": (4, ["4"], 4),
+    "gradient_accumulation_steps": (2, ["2"], 2),
+    "gradient_checkpointing": (True, [], True),
+    "mixed_precision": ("fp32", ["fp32"], "no"),
+    "seed": (2**32 - 1, ["4294967295"], 2**32 - 1),
+    "xformers": (True, [], True),
+    "max_data_loader_n_workers": (2, ["2"], 2),
+    "persistent_data_loader_workers": (True, [], True),
+    "vae_batch_size": (4, ["4"], 4),
+    "cache_latents": (True, [], True),
+    "cache_latents_to_disk": (True, [], True),
+    "cache_text_encoder_outputs": (True, [], True),
+    "cache_text_encoder_outputs_to_disk": (True, [], True),
+    "cache_dir": ("~/cache", ["~/cache"], str(Path("~/cache").expanduser())),
+    "output_dir": ("runs/{time}", ["runs/{time}"], "runs/{time}"),
+    "output_name": ("我的 LoRA v1.2", ["我的 LoRA v1.2"], "我的 LoRA v1.2"),
+    "save_every_n_epochs": (2, ["2"], 2),
+    "save_every_n_steps": (100, ["100"], 100),
+    "save_last_n_epochs": (3, ["3"], 3),
+    "save_last_n_steps": (300, ["300"], 300),
+    "save_precision": ("float", ["bf16"], None),
+    "save_format": ("comfy", ["diffusers"], None),
+    "save_state": (True, [], True),
+    "save_state_on_train_end": (True, [], True),
+    "resume": ("out/lora-state", ["out/lora-state"], "out/lora-state"),
+    "overwrite": (True, [], True),
+    "no_metadata": (True, [], True),
+    "training_comment": ("a comment", ["a comment"], "a comment"),
+    "metadata_title": ("Title", ["Title"], "Title"),
+    "metadata_author": ("Author", ["Author"], "Author"),
+    "metadata_description": ("Text", ["Text"], "Text"),
+    "metadata_license": ("MIT", ["MIT"], "MIT"),
+    "metadata_tags": ("a, b", ["a, b"], "a, b"),
+    "logging_dir": ("logs", ["logs"], "logs"),
+    "log_with": ("none", ["none"], "none"),
+    "log_prefix": ("mine_", ["mine_"], "mine_"),
+    "compare_prompts": (["a cat --s 8", "a dog"], ["a cat --s 8", "a dog"], None),
+}
+# written inside the `key=value` list of another option
+INSIDE_CASES: dict[str, tuple[str, str, Any]] = {
+    "target_modules": ("network_args", "attn-mlp-adaln", ["attn-mlp-adaln"]),
+    "train_llm_adapter": ("network_args", "True", True),
+    "betas": ("optimizer_args", "(0.9, 0.99)", [0.9, 0.99]),
+    "weight_decay": ("optimizer_args", "0", 0.0),
+    "eps": ("optimizer_args", "1e-6", 1e-6),
+}
+# what an option needs beside it to have an effect
+BESIDE: dict[str, dict[str, Any]] = {
+    "discrete_flow_shift": {"timestep_sampling": "shift"},
+    "lr_warmup_steps": {"lr_scheduler": "constant_with_warmup"},
+    "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
+    "lr_scheduler_power": {"lr_scheduler": "polynomial"},
+    "persistent_data_loader_workers": {"max_data_loader_n_workers": 1},
+    "save_last_n_epochs": {"save_every_n_epochs": 1},
+    "save_last_n_steps": {"save_every_n_steps": 100},
+}
+KEPT = {
+    "save_precision": {"float": "fp32", "bf16": "bf16"},
+    "save_format": {"comfy": "comfy", "diffusers": "diffusers"},
+}
+
+
+def expected(name: str, written: Any) -> Any:
+    if name == "compare_prompts":
+        return [
+            {**PROMPT_DEFAULTS, "prompt": "a cat", "steps": 8},
+            {**PROMPT_DEFAULTS, "prompt": "a dog"},
+        ]
+    return KEPT[name][written] if name in KEPT else CASES[name][2]
+
+
+PROMPT_DEFAULTS = {
+    "negative_prompt": "",
+    "width": 512,
+    "height": 512,
+    "seed": None,
+    "steps": 30,
+    "guidance_scale": 7.5,
+    "flow_shift": 3.0,
+}
+
+
+def test_every_option_has_a_case() -> None:
+    assert CASES.keys() | INSIDE_CASES.keys() == _OPTIONS.keys()
+    assert not CASES.keys() & INSIDE_CASES.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_option_from_toml(load_with, name: str) -> None:
+    written = CASES[name][0]
+    run = load_with({**BESIDE.get(name, {}), name: written})
+    assert run.values[name] == expected(name, written)
+    assert type(run.values[name]) is type(expected(name, written))
+    group = next(group for group, cls in _GROUPS.items() if name in cls.__dataclass_fields__)
+    kept = getattr(getattr(run.train, group), name)
+    assert run.values[name] == ([asdict(line) for line in kept] if name == "compare_prompts" else kept)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_option_from_the_command_line(load_with, name: str) -> None:
+    words = CASES[name][1]
+    run = load_with(BESIDE.get(name), argv=(f"--{name}", *words))
+    assert run.values[name] == expected(name, words[0] if words else True)
+
+
+@pytest.mark.parametrize("name", INSIDE_CASES)
+def test_argument_from_toml_and_command_line(load_with, name: str) -> None:
+    listed, text, kept = INSIDE_CASES[name]
+    assert load_with({listed: [f"{name}={text}"]}).values[name] == kept
+    assert load_with(argv=(f"--{listed}", f"{name} = {text}")).values[name] == kept
+
+
+@pytest.mark.parametrize("name", [o.name for o in _OPTIONS.values() if o.kind.name == "SWITCH" and not o.rules.inside])
+def test_a_switch_can_be_turned_off_on_the_command_line(load_with, name: str) -> None:
+    if name.startswith("cache_"):
+        with pytest.raises(InputError, match=f"--no-{name}: false is not supported"):
+            load_with(argv=(f"--no-{name}",))
+    else:
+        beside = BESIDE.get(name, {})
+        assert load_with({**beside, name: True}, argv=(f"--no-{name}",)).values[name] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("attn-mlp,to_q", ["attn-mlp", "to_q"]),
+        ('["to_q", "to_k"]', ["to_q", "to_k"]),
+        ("('to_q',)", ["to_q"]),
+        (r"[qk]_proj", ["[qk]_proj"]),
+        (r"(self|cross)_attn\..*", [r"(self|cross)_attn\..*"]),
+        ('["x{1,2}"]', ["x{1,2}"]),
+    ],
+)
+def test_lists_inside_arguments(load_with, text: str, kept: list[str]) -> None:
+    assert load_with({"network_args": [f"target_modules={text}"]}).values["target_modules"] == kept
+
+
+@pytest.mark.parametrize("text", ["0.9,0.99", "(0.9,0.99)", "[0.9, 0.99]"])
+def test_betas_as_other_trainers_write_them(load_with, text: str) -> None:
+    assert load_with({"optimizer_args": [f"betas={text}"]}).train.optimizer.betas == (0.9, 0.99)
+
+
+def test_defaults_are_those_that_users_know(load_with) -> None:
+    values = load_with().values
+    known = {
+        "anima_seq_len": 512,
+        "network_dim": 4,
+        "network_alpha": 1.0,
+        "timestep_sampling": "sigmoid",
+        "sigmoid_scale": 1.0,
+        "discrete_flow_shift": 1.0,
+        "optimizer_type": "AdamW",
+        "lr_scheduler": "constant",
+        "max_grad_norm": 1.0,
+        "vae_batch_size": 1,
+        "seed": 42,
+        "mixed_precision": "bf16",
+        "save_precision": "fp32",
+    }
+    assert {name: values[name] for name in known} == known
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "epochs"),
+    [
+        ({}, 1600, None),
+        ({"max_train_epochs": 3}, None, 3),
+        ({"max_train_steps": 5}, 5, None),
+        ({"max_train_steps": 5, "max_train_epochs": 3}, 5, 3),
+    ],
+)
+def test_length_of_the_run(load_with, given: dict[str, int], steps: int | None, epochs: int | None) -> None:
+    loop = load_with(given).train.loop
+    assert (loop.max_train_steps, loop.max_train_epochs) == (steps, epochs)
+
+
+def test_alpha_zero_stands_for_the_dim(load_with) -> None:
+    assert load_with({"network_alpha": 0, "network_dim": 8}).train.network.network_alpha == 8.0
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "written", "kept"),
+    [
+        ("pretrained_model_name_or_path", "anima_transformer", "m", "m"),
+        ("qwen3", "qwen", "q", "q"),
+        ("t5_tokenizer_path", "t5_tokenizer_dir", "t", "t"),
+        ("qwen3_max_token_length", "anima_seq_len", 128, 128),
+        ("t5_max_token_length", "anima_seq_len", 128, 128),
+        ("anima_timestep_sampling", "timestep_sampling", "uniform", "uniform"),
+        ("anima_sigmoid_scale", "sigmoid_scale", 2, 2.0),
+        ("anima_flow_shift", "discrete_flow_shift", 1, 1.0),
+    ],
+)
+def test_aliases(load_with, alias: str, name: str, written: Any, kept: Any) -> None:
+    assert load_with({name: None, alias: written}).values[name] == kept
+    assert load_with({name: None}, argv=(f"--{alias}", str(written))).values[name] == kept
+    assert load_with({name: written, alias: written}).values[name] == kept
+
+
+def test_command_line_beats_train_args_beats_default(load_with) -> None:
+    assert load_with().values["network_dim"] == 4
+    assert load_with({"network_dim": 8}).values["network_dim"] == 8
+    assert load_with({"network_dim": 8}, argv=("--network_dim", "16")).values["network_dim"] == 16
+    beaten = load_with({"qwen3": "from/toml"}, argv=("--qwen=from/flags",))
+    assert beaten.values["qwen"] == "from/flags"
+
+
+def test_sections_are_flattened(load_with) -> None:
+    text = '[a]\nanima_transformer = "m"\nlearning_rate = 1\n[b]\nnetwork_module = "networks.lora_anima"\n'
+    run = load_with(text + 'output_dir = "o"\noutput_name = "n"\nseed = 1\n')
+    assert (run.train.loop.seed, run.train.save.output_name) == (1, "n")
+
+
+def test_values_are_json_able_and_complete(load_with) -> None:
+    run = load_with({"compare_prompts": ["a"], "network_args": ["target_modules=a,b"]})
+    assert json.loads(json.dumps(run.values)) == run.values
+    assert run.values.keys() == _OPTIONS.keys()
+
+
+def test_the_whole_configuration_may_stand_on_the_command_line(tmp_path: Path) -> None:
+    dataset = tmp_path / "d.toml"
+    dataset.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "p"\n')
+    words = "--anima_transformer m --network_module networks.lora_anima --learning_rate 1e-4 --output_dir o".split()
+    run = load([*words, "--output_name", "n", "--dataset_config", str(dataset)])
+    assert (run.config_file, run.dataset_config) == (None, dataset)
+    assert run.train.optimizer.learning_rate == 1e-4
+
+
+def test_train_args_may_name_the_dataset_config(tmp_path: Path, load_with) -> None:
+    named = tmp_path / "named.toml"
+    named.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "named"\n')
+    load_with({"dataset_config": str(named)})  # writes train.toml; its own flag wins here
+    run = load(["--config_file", str(tmp_path / "train.toml")])
+    assert run.datasets[0].subsets[0].image_dir == Path("named")
+
+
+def test_nothing_is_created_or_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_with) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_with()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.toml", "train.toml"]
+
+
+def test_empty_text_leaves_an_optional_option_unset(load_with) -> None:
+    assert load_with({"vae": "", "resume": ""}).train.model.vae is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"shuffle_caption": False, "keep_tokens": 0, "caption_dropout_rate": 0.0, "network_weights": ""},
+        {"weighting_scheme": "none", "loss_type": "l2", "max_timestep": 1000, "prior_loss_weight": 1},
+        {"save_model_as": "safetensors", "network_train_unet_only": True, "text_encoder_lr": [0, 0.0]},
+        {"anima_noise_offset": 0.0, "train_norm": False, "anima_attention_backend": "torch"},
+        {"network_args": ["rank_dropout=0", "train_norm=False"]},
+    ],
+)
+def test_foreign_options_that_ask_for_nothing_are_taken(load_with, given: dict[str, Any]) -> None:
+    load_with(given)
+
+
+def test_foreign_flags_that_ask_for_nothing_are_taken(load_with) -> None:
+    load_with(argv=("--keep_tokens", "0", "--no-train_norm", "--text_encoder_lr", "0", "0", "--network_train_unet_only"))
+
+
+def test_no_foreign_option_is_also_ours() -> None:
+    ours = {name for cls in (*_GROUPS.values(), DatasetKeys, SubsetKeys) for o in options_of(cls) for name in o.names}
+    assert not ours & foreign.TRAIN_OPTIONS.keys()
+    for name, table in foreign.ARGUMENTS.items():
+        assert not table.keys() & {o.name for o in _OPTIONS.values() if o.rules.inside == name}
+
+
+def test_help_names_every_option_and_its_default() -> None:
+    text = " ".join(build_parser("anima-peft train").format_help().split())
+    assert text.startswith("usage: anima-peft train --config_file")
+    for option in _OPTIONS.values():
+        assert (f" {option.name}: " if option.rules.inside else f"--{option.name}") in text
+    assert "Default: 512." in text
+    assert "--shuffle_caption" not in text
+
+
+def test_help_is_printed_and_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        load(["--help"], prog="anima-peft train")
+    assert leaving.value.code == 0
+    assert "usage: anima-peft train" in capsys.readouterr().out
+
+
+def test_every_option_has_a_help_text() -> None:
+    assert all(len(option.rules.help) > 10 and option.rules.help.endswith(".") for option in _OPTIONS.values())
+    assert set(_GROUPS) == set(TrainOptions.__dataclass_fields__)
