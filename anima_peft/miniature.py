@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import ascii_lowercase, digits
+from typing import Any
 
 import torch
 from diffusers import AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
@@ -201,7 +202,7 @@ def write_tokenizers(qwen_folder: Path, t5_folder: Path, corpus: list[str]) -> N
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    quiet = {"show_progress": False}
+    quiet: dict[str, Any] = {"show_progress": False}
     bpe.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=special, **quiet)
     )

@@ -19,7 +19,7 @@ from .adapters.strengths import Strength
 from .errors import InputError
 from .models.compat import ensure_cosmos_without_torchvision
 from .models.dit import load_dit
-from .models.encoders import load_diffusers_folder
+from .models.folders import load_part
 from .models.precision import set_qk_norm_eps
 from .models.sources import is_diffusers_folder, locate_model
 
@@ -83,10 +83,8 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
             return cls.from_single_file(path, torch_dtype)
         if not is_diffusers_folder(path):
             raise InputError(f"{path}: expected a diffusers folder with `transformer/` and `text_conditioner/`.")
-        transformer = load_diffusers_folder(CosmosTransformer3DModel, path / TRANSFORMER, torch_dtype, "the Anima DiT")
-        conditioner = load_diffusers_folder(
-            AnimaTextConditioner, path / TEXT_CONDITIONER, torch_dtype, "the Anima text conditioner"
-        )
+        transformer = load_part(path / TRANSFORMER, TRANSFORMER, torch_dtype)
+        conditioner = load_part(path / TEXT_CONDITIONER, TEXT_CONDITIONER, torch_dtype)
         set_qk_norm_eps(transformer)
         return cls(transformer, conditioner)
 
@@ -97,7 +95,8 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
             save_directory: folder, made if missing.
             options: passed to both parts' `save_pretrained`.
         """
-        for component, model in self.components.items():
+        parts: Mapping[str, Any] = self.components
+        for component, model in parts.items():
             model.save_pretrained(Path(save_directory) / component, **options)
 
     @property

@@ -131,9 +131,10 @@ def relative_delta(components: Components, adapter_name: str) -> float:
     delta = weight = 0.0
     for model in components.values():
         for _, layer in lora_layers(model, adapter_name):
-            down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            down = layer.lora_A[adapter_name].weight.detach().double()
+            up = layer.lora_B[adapter_name].weight.detach().double()
             # |up @ down|^2 = trace((up' up) (down down')): rank x rank instead of out x in
-            gram = (up.double().T @ up.double()) * (down.double() @ down.double().T)
+            gram = (up.T @ up) * (down @ down.T)
             delta += float(gram.sum()) * (layer.lora_alpha[adapter_name] / layer.r[adapter_name]) ** 2
             weight += float(layer.get_base_layer().weight.detach().float().square().sum())
     return (delta / weight) ** 0.5 if weight else 0.0

@@ -1,4 +1,4 @@
-"""sd-scripts' dataset TOML: [general], [[datasets]] and [[datasets.subsets]], into the plain specs of the data room."""
+"""sd-scripts' dataset TOML ([general], [[datasets]], [[datasets.subsets]]) into the specs of `anima_peft.data`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.buckets import SIDE_MULTIPLE
 from ..data.specs import DatasetSpec, SubsetSpec
 from ..errors import InputError
 from . import foreign
 from .checks import check_required, missing_effect, value_of
 from .options import Needs, Option, option, options_of
-from .reading import FAULTY, Faults, nearest, shown
+from .reading import FAULTY, Faults, as_number, nearest, shown
 from .schema import Found, Given, Schema
 
-SIDE_STEP = 16  # pixels: 8 in the VAE times 2 in the transformer's patches
+LONGEST_SIDE = 65536  # pixels; beyond any picture, so a slip of the keyboard
 
 
 def parse_resolution(raw: object) -> tuple[int, int]:
     """(width, height) in pixels from `1024`, `[1024, 768]`, `"1024"` or `"1024,768"`.
 
     Raises:
-        InputError: it is none of these, or a side is below 16.
+        InputError: it is none of these, or a side is out of range.
     """
-    sides = raw if isinstance(raw, list) else raw.strip(" []()").split(",") if isinstance(raw, str) else [raw]
-    numbers = [int(side) if isinstance(side, str) and side.strip().isdecimal() else side for side in sides]
-    whole = [side for side in numbers if isinstance(side, int) and not isinstance(side, bool) and side >= SIDE_STEP]
-    if len(whole) != len(numbers) or len(whole) not in (1, 2):
-        raise InputError(f"expected a side or [width, height] in pixels, of at least {SIDE_STEP}, got {shown(raw)}")
+    if isinstance(raw, str):
+        sides = [as_number(side, int) for side in raw.strip(" []()").split(",")]
+    else:
+        sides = raw if isinstance(raw, list) else [raw]
+    whole = [side for side in sides if isinstance(side, int) and SIDE_MULTIPLE <= side <= LONGEST_SIDE]
+    if len(whole) != len(sides) or len(whole) not in (1, 2):
+        raise InputError(
+            f"expected a side or [width, height] in pixels from {SIDE_MULTIPLE} to {LONGEST_SIDE}, got {shown(raw)}"
+        )
     return whole[0], whole[-1]
 
 
@@ -41,8 +46,8 @@ def _with_dot(extension: str) -> str:
 
 
 def _check_steps(steps: int) -> None:
-    if steps % SIDE_STEP:
-        raise InputError(f"expected a multiple of {SIDE_STEP}, got {steps}")
+    if steps % SIDE_MULTIPLE:
+        raise InputError(f"expected a multiple of {SIDE_MULTIPLE}, got {steps}")
 
 
 _BUCKETED = Needs("enable_bucket", unless=(False,), hint="set enable_bucket = true or remove it")
@@ -59,22 +64,25 @@ class DatasetKeys:
     enable_bucket: bool = option(DatasetSpec.enable_bucket, help="Group pictures by aspect ratio instead of cropping.")
     min_bucket_reso: int = option(
         DatasetSpec.min_bucket_reso,
-        minimum=SIDE_STEP,
+        minimum=SIDE_MULTIPLE,
+        maximum=LONGEST_SIDE,
         only_with=(_BUCKETED, _BOUNDED),
         help="Shortest side of a bucket in pixels.",
     )
     max_bucket_reso: int = option(
         DatasetSpec.max_bucket_reso,
-        minimum=SIDE_STEP,
+        minimum=SIDE_MULTIPLE,
+        maximum=LONGEST_SIDE,
         only_with=(_BUCKETED, _BOUNDED),
         help="Longest side of a bucket in pixels.",
     )
     bucket_reso_steps: int = option(
         DatasetSpec.bucket_reso_steps,
-        minimum=SIDE_STEP,
+        minimum=SIDE_MULTIPLE,
+        maximum=LONGEST_SIDE,
         check=_check_steps,
         only_with=(_BUCKETED,),
-        help=f"Sides of a bucket are multiples of this; itself a multiple of {SIDE_STEP}.",
+        help=f"Sides of a bucket are multiples of this; itself a multiple of {SIDE_MULTIPLE}.",
     )
     bucket_no_upscale: bool = option(
         DatasetSpec.bucket_no_upscale, only_with=(_BUCKETED,), help="Never enlarge a picture to fill a bucket."
@@ -218,8 +226,8 @@ def _check_geometry(levels: Levels, path: str, faults: Faults) -> None:
     sides, steps = values["resolution"], values["bucket_reso_steps"]
     low, high = values["min_bucket_reso"], values["max_bucket_reso"]
     if not values["enable_bucket"]:
-        if any(side % SIDE_STEP for side in sides):
-            fault("resolution", f"expected multiples of {SIDE_STEP} where enable_bucket is off, got {shown(sides)}")
+        if any(side % SIDE_MULTIPLE for side in sides):
+            fault("resolution", f"expected multiples of {SIDE_MULTIPLE} where enable_bucket is off, got {shown(sides)}")
         return
     if values["bucket_no_upscale"]:
         if min(sides) < steps:

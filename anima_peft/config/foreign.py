@@ -86,6 +86,11 @@ _NETWORK_GROUPS = (
     ("algo preset use_tucker use_scalar", _REMOVE),
 )
 
+_OPTIMIZER_GROUPS = (
+    ("amsgrad maximize capturable differentiable", _REMOVE),
+    ("fused foreach", "remove it; AdamW is always fused"),
+)
+
 # values that ask for nothing though they are not false, 0 or empty: other trainers' defaults
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "network_train_unet_only": (True,),
@@ -106,6 +111,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "anima_attention_backend": ("torch",),
     "anima_monitor_memory": (True,),
     "initial_epoch": (1,),
+    "fused": (True,),
     "caption_separator": (",",),
     "token_warmup_min": (1,),
     "network_multiplier": (1.0,),
@@ -118,4 +124,4 @@ def _table(*groups: tuple[str, str]) -> dict[str, Foreign]:
 
 CAPTION_AND_PICTURE_OPTIONS = _table(*_CAPTION_GROUPS)
 TRAIN_OPTIONS = {**CAPTION_AND_PICTURE_OPTIONS, **_table(*_TRAIN_GROUPS)}
-ARGUMENTS = {"network_args": _table(*_NETWORK_GROUPS), "optimizer_args": {}}
+ARGUMENTS = {"network_args": _table(*_NETWORK_GROUPS), "optimizer_args": _table(*_OPTIMIZER_GROUPS)}

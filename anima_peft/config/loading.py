@@ -22,18 +22,18 @@ from .train import ARGUMENT_LISTS, DEFAULT_TRAIN_STEPS, TrainOptions
 
 MIGRATION = "python tools/convert_anima_root_to_kohya.py --input old_root.toml --output_dir converted"
 
-_GROUPS: Mapping[str, type] = typing.get_type_hints(TrainOptions)
-_OPTIONS = {option.name: option for group in _GROUPS.values() for option in options_of(group)}
+GROUPS: Mapping[str, type] = typing.get_type_hints(TrainOptions)
+OPTIONS = {option.name: option for group in GROUPS.values() for option in options_of(group)}
 _LISTS = {
     name: Option(name, Kind.TEXTS, optional=False, default=(), rules=Rules(help=text))
     for name, text in ARGUMENT_LISTS.items()
 }
 _DATASET_FALLBACKS = (*options_of(DatasetKeys), *options_of(SubsetKeys))
-_FLAT = (*(option for option in _OPTIONS.values() if option.rules.inside is None), *_LISTS.values())
+_FLAT = (*(option for option in OPTIONS.values() if option.rules.inside is None), *_LISTS.values())
 
 _INSIDE = {
     name: f'belongs into {option.rules.inside}: {option.rules.inside} = ["{name}=..."]'
-    for name, option in _OPTIONS.items()
+    for name, option in OPTIONS.items()
     if option.rules.inside
 }
 _FLAGS = Schema((*options_of(FileOptions), *_FLAT, *_DATASET_FALLBACKS), foreign.TRAIN_OPTIONS, _INSIDE)
@@ -48,7 +48,7 @@ _TRAIN_ARGS = Schema(
     },
 )
 _ARGUMENTS = {
-    name: Schema((o for o in _OPTIONS.values() if o.rules.inside == name), foreign.ARGUMENTS[name]) for name in _LISTS
+    name: Schema((o for o in OPTIONS.values() if o.rules.inside == name), foreign.ARGUMENTS[name]) for name in _LISTS
 }
 # what only the older one-file layout has
 _ROOT_STYLE_KEYS = (
@@ -86,7 +86,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     Args:
         prog: name of the command in the help text; None takes it from `sys.argv`.
     """
-    groups = [(cls.__doc__ or "", _flags_of(cls)) for cls in (FileOptions, *_GROUPS.values(), DatasetKeys, SubsetKeys)]
+    groups = [(cls.__doc__ or "", _flags_of(cls)) for cls in (FileOptions, *GROUPS.values(), DatasetKeys, SubsetKeys)]
     return make_parser(groups, foreign.TRAIN_OPTIONS, prog)
 
 
@@ -117,9 +117,9 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
 
     dataset_config = _path(found.get("dataset_config"))
     if train_args is not None:  # what an unreadable file would have given is not missing
-        checks.check_required((*options_of(FileOptions), *_OPTIONS.values()), found, faults)
-        checks.check_model_parts(_OPTIONS, found, faults)
-    checks.check_effects(_OPTIONS.values(), found, faults)
+        checks.check_required((*options_of(FileOptions), *OPTIONS.values()), found, faults)
+        checks.check_model_parts(OPTIONS, found, faults)
+    checks.check_effects(OPTIONS.values(), found, faults)
 
     datasets: tuple[DatasetSpec, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -206,7 +206,7 @@ def _datasets(
     document = _document(path, faults)
     if document is None:
         return (), ()
-    if "datasets" not in document and document.keys() & _OPTIONS.keys():
+    if "datasets" not in document and document.keys() & OPTIONS.keys():
         faults.add("datasets", f"missing, and {path}, which was given as the dataset TOML, holds train args")
         return (), ()
     return read_datasets(document, _dataset_fallback(found), faults)
@@ -220,14 +220,14 @@ def _dataset_fallback(found: Mapping[str, Found]) -> dict[str, Found]:
 
 
 def _train_options(found: Mapping[str, Found]) -> TrainOptions:
-    values = {name: checks.value_of(option, found) for name, option in _OPTIONS.items()}
+    values = {name: checks.value_of(option, found) for name, option in OPTIONS.items()}
     if values["max_train_steps"] is None and values["max_train_epochs"] is None:
         values["max_train_steps"] = DEFAULT_TRAIN_STEPS
     values["network_alpha"] = values["network_alpha"] or float(values["network_dim"])
     return TrainOptions(
         **{
             group: cls(**{option.name: values[option.name] for option in options_of(cls)})
-            for group, cls in _GROUPS.items()
+            for group, cls in GROUPS.items()
         }
     )
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..data.buckets import SIDE_MULTIPLE
 from ..errors import InputError
 from .reading import nearest, shown
 
-SIZE_STEP = 16  # pixels: 8 in the VAE times 2 in the transformer's patches
 MAX_SEED = 2**32 - 1  # what every random generator in use takes
 
 
@@ -52,8 +52,8 @@ def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
 
 
 def _size(text: str) -> int:
-    side = _integer(SIZE_STEP)(text)
-    return side - side % SIZE_STEP
+    side = _integer(SIDE_MULTIPLE)(text)
+    return side - side % SIDE_MULTIPLE
 
 
 def _number(described: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:

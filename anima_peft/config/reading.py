@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from enum import Enum
@@ -12,6 +12,10 @@ from typing import Any, Final
 
 from ..errors import InputError
 from .options import Kind, Option
+
+_QUOTED = re.compile(r"""\"([^"]*)\"|'([^']*)'""")
+_QUOTED_LIST = re.compile(rf"[\[(]\s*(?:{_QUOTED.pattern})\s*(?:,\s*(?:{_QUOTED.pattern})\s*)*,?\s*[\])]")
+_BARE_LIST = re.compile(r"\[([^\[\]]*)\]")
 
 
 class Marker(Enum):
@@ -52,6 +56,8 @@ def shown(value: object) -> str:
     if isinstance(value, (list, tuple)):
         items = [shown(item) for item in value[:4]] + ["..."] * (len(value) > 4)
         return f"[{', '.join(items)}]"
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "a number of hundreds of digits"
     return str(value)
 
 
@@ -88,6 +94,8 @@ def read_value(option: Option, raw: object, path: str, faults: Faults, *, as_tex
     try:
         if as_text:
             raw = _from_text(option, raw)
+            if isinstance(raw, str) and option.kind not in (Kind.TEXT, Kind.CUSTOM):
+                raise InputError(f"expected {expectation(option)}, got {shown(raw)}")
         if option.kind is Kind.TEXTS:
             return _texts(option, raw, path, faults)
         return _checked(option, raw)
@@ -108,14 +116,10 @@ def unexpected(option: Option, raw: object) -> InputError:
 
 
 def _literal(text: str) -> object:
-    """The number, boolean or list that a text spells, else the text itself."""
-    word = text.strip()
-    if word.lower() in ("true", "false"):
-        return word.lower() == "true"
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
-        return text
+    """The number or boolean that a text spells, else the text itself."""
+    word = {"true": True, "false": False}.get(text.strip().lower(), text)
+    whole = as_number(text, int) if word is text else word
+    return as_number(text, float) if whole is text else whole
 
 
 def bare_value(raw: object) -> object:
@@ -132,33 +136,37 @@ def _from_text(option: Option, raw: object) -> object:
     if option.kind is Kind.TEXTS:
         return _split(raw)
     if option.kind is Kind.TWO_NUMBERS:
-        return [_as_number(part, float) for part in raw.strip().strip("()[]").split(",")]
+        return [as_number(part, float) for part in raw.strip().strip("()[]").split(",")]
     if option.kind is Kind.SWITCH:
         value = {"true": True, "false": False}.get(raw.strip().lower())
         return raw if value is None else value
     if option.kind is Kind.INTEGER:
-        return _as_number(raw, int)
+        return as_number(raw, int)
     if option.kind is Kind.NUMBER:
-        return _as_number(raw, float)
+        return as_number(raw, float)
     if option.kind is Kind.INTEGER_OR_NUMBER:
-        whole = _as_number(raw, int)
-        return whole if isinstance(whole, int) else _as_number(raw, float)
+        whole = as_number(raw, int)
+        return whole if isinstance(whole, int) else as_number(raw, float)
     return raw
 
 
-def _as_number(text: str, number: Callable[[str], float]) -> object:
+def as_number(text: str, number: Callable[[str], float]) -> object:
+    """The number that a text spells for `int` or `float`, else the text itself."""
     try:
         return number(text)
     except ValueError:
         return text
 
 
-def _split(text: str) -> object:
-    """The items of `a,b` or of a list written as in TOML, JSON or Python."""
-    items = _literal(text)  # a pattern such as "[qk]_proj" is none of these and stays a text
-    if isinstance(items, (list, tuple)):
-        return list(items)
-    return [item.strip() for item in text.split(",")]
+def _split(text: str) -> list[str]:
+    """The items of `a,b` or of a list as TOML, JSON or Python write it.
+
+    Backslashes are kept, since the items may be regular expressions; a doubled one, as JSON asks for, is one.
+    """
+    if _QUOTED_LIST.fullmatch(text.strip()):
+        return [(double or single).replace(r"\\", "\\") for double, single in _QUOTED.findall(text)]
+    bare = _BARE_LIST.fullmatch(text.strip())  # not a pattern such as "[qk]_proj"
+    return [item.strip() for item in (bare[1] if bare else text).split(",")]
 
 
 def _texts(option: Option, raw: object, path: str, faults: Faults) -> Any:
@@ -226,8 +234,8 @@ def _number(option: Option, part: object, raw: object) -> int | float:
     """One number within the option's bounds; `raw` is the whole value, for the message."""
     rules = option.rules
     wanted = int if option.kind is Kind.INTEGER else (int, float)
-    if isinstance(part, bool) or not isinstance(part, wanted) or not math.isfinite(part):
-        raise unexpected(option, raw)
+    if isinstance(part, bool) or not isinstance(part, wanted) or not abs(part) <= sys.float_info.max:
+        raise unexpected(option, raw)  # also nan, infinities, and integers that no float can hold
     within = (
         (rules.minimum is None or part >= rules.minimum)
         and (rules.above is None or part > rules.above)

@@ -113,7 +113,7 @@ class OptimizerOptions:
     """Optimizer and learning rate."""
 
     optimizer_type: str = option(
-        "AdamW", choices=("AdamW",), synonyms={"": "AdamW"}, ignore_case=True, help="Optimizer."
+        "AdamW", choices=("AdamW",), synonyms={"": "AdamW"}, ignore_case=True, help="Kind of optimizer."
     )
     betas: tuple[float, float] = option(
         (0.9, 0.999), inside="optimizer_args", check=check_betas, help="Decay of AdamW's two running means."

@@ -71,22 +71,20 @@ def build_empty(build: Callable[[], Module]) -> Module:
         return build()
 
 
-def load_weights(
+def require_fit(
     module: torch.nn.Module,
     checkpoint: Checkpoint,
     keys: Mapping[str, str],
     *,
-    torch_dtype: torch.dtype | None = None,
     surplus: Iterable[str] = (),
     what: str,
 ) -> None:
-    """Give every parameter of an empty `module` its tensor from the file, one at a time, straight in its dtype.
+    """Refuse a file unless it has a tensor of the right shape for every parameter, and nothing else.
 
     Args:
-        module: built by `build_empty`.
+        module: as `build_empty` makes it.
         checkpoint: the file's header.
         keys: the module's state-dict name -> key in the file.
-        torch_dtype: dtype of the result; None keeps the file's.
         surplus: keys of the file that belong nowhere.
         what: the part's name for messages, such as "Anima DiT".
 
@@ -102,9 +100,22 @@ def load_weights(
         if keys.get(name) in checkpoint.shapes and checkpoint.shapes[keys[name]] != shape
     ]
     require_all_keys(checkpoint.path, what, missing, unexpected, misshapen)
+
+
+def load_weights(
+    module: torch.nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str], torch_dtype: torch.dtype | None = None
+) -> None:
+    """Give every parameter of an empty `module` its tensor from the file, one at a time, straight in its dtype.
+
+    Args:
+        module: built by `build_empty`; the file fits it (`require_fit`).
+        checkpoint: the file's header.
+        keys: the module's state-dict name -> key in the file.
+        torch_dtype: dtype of the result; None keeps the file's.
+    """
     tensors = {}
     with safe_open(checkpoint.path, framework="pt") as file:
-        for name in expected:
+        for name in module.state_dict():
             # The tensor is a view of the mapped file. A copy of its own keeps the model whole when the file is
             # replaced, and lets Windows users delete it.
             stored = file.get_tensor(keys[name])

@@ -9,7 +9,7 @@ import torch
 from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
 from ..errors import InputError
-from .checkpoints import Checkpoint, build_empty, guess_content, load_weights, read_header
+from .checkpoints import Checkpoint, build_empty, guess_content, load_weights, read_header, require_fit
 from .compat import ensure_cosmos_without_torchvision
 from .names import CONDITIONER_PREFIX, native_to_diffusers
 from .precision import set_qk_norm_eps
@@ -76,12 +76,15 @@ def load_dit(
 
     transformer = build_empty(lambda: CosmosTransformer3DModel(**dit_config))
     keys = {ours: prefix + theirs for theirs, ours in weights.items()}
-    load_weights(transformer, checkpoint, keys, torch_dtype=torch_dtype, surplus=surplus, what="the Anima DiT")
-    set_qk_norm_eps(transformer)
+    require_fit(transformer, checkpoint, keys, surplus=surplus, what="the Anima DiT")
 
     conditioner = build_empty(lambda: AnimaTextConditioner(**conditioner_config))
-    keys = {key: prefix + CONDITIONER_PREFIX + key for key in in_conditioner}
-    load_weights(conditioner, checkpoint, keys, torch_dtype=torch_dtype, what="the Anima text conditioner")
+    conditioner_keys = {key: prefix + CONDITIONER_PREFIX + key for key in in_conditioner}
+    require_fit(conditioner, checkpoint, conditioner_keys, what="the Anima text conditioner")
+
+    load_weights(transformer, checkpoint, keys, torch_dtype)
+    load_weights(conditioner, checkpoint, conditioner_keys, torch_dtype)
+    set_qk_norm_eps(transformer)
     return transformer, conditioner
 
 

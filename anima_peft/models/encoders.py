@@ -11,7 +11,8 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from transformers import Qwen3Config, Qwen3Model
 
 from ..errors import InputError
-from .checkpoints import Checkpoint, build_empty, guess_content, load_weights, read_header, require_all_keys
+from .checkpoints import Checkpoint, build_empty, guess_content, load_weights, read_header, require_fit
+from .folders import check_part, load_part
 
 # Constants of Qwen3-0.6B-Base that no weight tells (its config.json on the hub).
 _QWEN_CONSTANTS: dict[str, Any] = {
@@ -23,6 +24,10 @@ _QWEN_CONSTANTS: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _LATENT_CHANNELS = 16
+
+
+Fitted = tuple[Any, Checkpoint, dict[str, str]]
+"""An empty model, the header of the file that fits it, and the model's names -> the file's keys."""
 
 
 def load_text_encoder(path: str | Path, torch_dtype: torch.dtype | None = None) -> Qwen3Model:
@@ -40,7 +45,57 @@ def load_text_encoder(path: str | Path, torch_dtype: torch.dtype | None = None) 
     """
     path = Path(path)
     if path.is_dir():
-        return _load_text_encoder_folder(path, torch_dtype)
+        check_part(path, "text_encoder")
+        folder = path
+        encoder = Qwen3Model.from_pretrained(
+            folder, dtype=torch_dtype or "auto", use_safetensors=True, local_files_only=True
+        )
+        return encoder.requires_grad_(False).eval()
+    return _load(_fit_text_encoder(path), torch_dtype)
+
+
+def load_vae(path: str | Path, torch_dtype: torch.dtype | None = None) -> AutoencoderKLQwenImage:
+    """Load the VAE from a diffusers folder or from a single file in Wan's or diffusers' layout.
+
+    The per-channel mean and std of the latents come from diffusers' class (single file) or the folder's config.
+
+    Args:
+        path: folder with `config.json`, or a safetensors file.
+        torch_dtype: dtype of all weights; None keeps the file's, and means float32 for a folder, as in diffusers.
+
+    Returns:
+        The VAE on the CPU, frozen, in eval mode.
+
+    Raises:
+        InputError: nothing there, another model, or a key is missing, unexpected or misshapen.
+    """
+    path = Path(path)
+    return load_part(path, "vae", torch_dtype) if path.is_dir() else _load(_fit_vae(path), torch_dtype)
+
+
+def check_encoders(text_encoder: Path, vae: Path) -> None:
+    """Look at the headers of both models' files, in a moment, so that a wrong one is found before hours of work.
+
+    Raises:
+        InputError: what `load_text_encoder` or `load_vae` would refuse; both are reported together.
+    """
+    faults = []
+    for path, part, fit in ((text_encoder, "text_encoder", _fit_text_encoder), (vae, "vae", _fit_vae)):
+        try:
+            check_part(path, part) if path.is_dir() else fit(path)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def _load(fitted: Fitted, torch_dtype: torch.dtype | None) -> Any:
+    model, checkpoint, keys = fitted
+    load_weights(model, checkpoint, keys, torch_dtype)
+    return model
+
+
+def _fit_text_encoder(path: Path) -> Fitted:
     checkpoint = read_header(path)
     prefix = "model." if "model.embed_tokens.weight" in checkpoint.shapes else ""
     if prefix + "embed_tokens.weight" not in checkpoint.shapes:
@@ -53,23 +108,30 @@ def load_text_encoder(path: str | Path, torch_dtype: torch.dtype | None = None) 
     body = [key for key in checkpoint.shapes if "lm_head" not in key]
     keys = {key.removeprefix(prefix): key for key in body if key.startswith(prefix)}
     surplus = [key for key in body if not key.startswith(prefix)]
-    load_weights(encoder, checkpoint, keys, torch_dtype=torch_dtype, surplus=surplus, what="the Qwen3 text encoder")
-    return encoder
+    require_fit(encoder, checkpoint, keys, surplus=surplus, what="the Qwen3 text encoder")
+    return encoder, checkpoint, keys
 
 
-def _load_text_encoder_folder(folder: Path, torch_dtype: torch.dtype | None) -> Qwen3Model:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json. Expected a Qwen3 model folder or a single .safetensors file.")
-    try:
-        encoder, info = Qwen3Model.from_pretrained(
-            folder, dtype=torch_dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+def _fit_vae(path: Path) -> Fitted:
+    checkpoint = read_header(path)
+    # Wan's names are mapped by diffusers' own table; the "weights" given to it are the names themselves.
+    original = {key: key for key in checkpoint.shapes}
+    keys = convert_wan_vae_to_diffusers(original) if "conv1.weight" in checkpoint.shapes else original
+    if "encoder.conv_in.weight" not in keys or "quant_conv.weight" not in keys:
+        raise InputError(
+            f"{path}: not the Qwen-Image VAE; it looks like {guess_content(checkpoint.shapes)}. "
+            "Expected a checkpoint such as qwen_image_vae.safetensors."
         )
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{folder}: the Qwen3 text encoder cannot be loaded: {error}") from error
-    unexpected = [key for key in info["unexpected_keys"] if "lm_head" not in key]
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    require_all_keys(folder, "the Qwen3 text encoder", info["missing_keys"], unexpected, mismatched)
-    return encoder.requires_grad_(False).eval()
+    resnets = {key.split(".")[4] for key in keys if key.startswith("decoder.up_blocks.0.resnets.")}
+    vae = build_empty(
+        lambda: AutoencoderKLQwenImage(
+            base_dim=checkpoint.shapes[keys["encoder.conv_in.weight"]][0],
+            z_dim=_LATENT_CHANNELS,
+            num_res_blocks=len(resnets) - 1,
+        )
+    )
+    require_fit(vae, checkpoint, keys, what="the Qwen-Image VAE")
+    return vae, checkpoint, keys
 
 
 def _qwen_config(checkpoint: Checkpoint, prefix: str) -> Qwen3Config:
@@ -92,57 +154,3 @@ def _qwen_config(checkpoint: Checkpoint, prefix: str) -> Qwen3Config:
         head_dim=head_dim,
     )
 
-
-def load_vae(path: str | Path, torch_dtype: torch.dtype | None = None) -> AutoencoderKLQwenImage:
-    """Load the VAE from a diffusers folder or from a single file in Wan's or diffusers' layout.
-
-    The per-channel mean and std of the latents come from diffusers' class (single file) or the folder's config.
-
-    Args:
-        path: folder with `config.json`, or a safetensors file.
-        torch_dtype: dtype of all weights; None keeps the file's.
-
-    Raises:
-        InputError: nothing there, another model, or a key is missing, unexpected or misshapen.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return load_diffusers_folder(AutoencoderKLQwenImage, path, torch_dtype, "the VAE")
-    checkpoint = read_header(path)
-    # Wan's names are mapped by diffusers' own table; the "weights" given to it are the names themselves.
-    original = {key: key for key in checkpoint.shapes}
-    keys = convert_wan_vae_to_diffusers(original) if "conv1.weight" in checkpoint.shapes else original
-    if "encoder.conv_in.weight" not in keys or "quant_conv.weight" not in keys:
-        raise InputError(
-            f"{path}: not the Qwen-Image VAE; it looks like {guess_content(checkpoint.shapes)}. "
-            "Expected a checkpoint such as qwen_image_vae.safetensors."
-        )
-    resnets = {key.split(".")[4] for key in keys if key.startswith("decoder.up_blocks.0.resnets.")}
-    vae = build_empty(
-        lambda: AutoencoderKLQwenImage(
-            base_dim=checkpoint.shapes[keys["encoder.conv_in.weight"]][0],
-            z_dim=_LATENT_CHANNELS,
-            num_res_blocks=len(resnets) - 1,
-        )
-    )
-    load_weights(vae, checkpoint, keys, torch_dtype=torch_dtype, what="the Qwen-Image VAE")
-    return vae
-
-
-def load_diffusers_folder(model_class: Any, folder: Path, torch_dtype: torch.dtype | None, what: str) -> Any:
-    """Load a diffusers model from its folder and refuse it unless every key found its place.
-
-    Raises:
-        InputError: no such folder, or a key is missing, unexpected or misshapen.
-    """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json. Expected a diffusers folder holding {what}.")
-    try:
-        model, info = model_class.from_pretrained(
-            folder, torch_dtype=torch_dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{folder}: {what} cannot be loaded: {error}") from error
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    require_all_keys(folder, what, info["missing_keys"], info["unexpected_keys"], mismatched)
-    return model.requires_grad_(False).eval()

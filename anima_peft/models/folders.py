@@ -96,10 +96,38 @@ def check_folder(folder: Path, parts: Collection[str], variant: str | None = Non
         )
     for part in _WITH_WEIGHTS:
         if part in parts:
-            _check_weights(folder / part, part, variant)
+            check_part(folder / part, part, variant)
 
 
-def _check_weights(folder: Path, part: str, variant: str | None) -> None:
+def load_part(folder: Path, part: str, torch_dtype: torch.dtype | None = None) -> Any:
+    """Load one of diffusers' models from its own folder, frozen and in eval mode, on the CPU.
+
+    Args:
+        folder: the part's folder, with `config.json` and safetensors.
+        part: name out of `PARTS`, of a diffusers model.
+        torch_dtype: dtype of all weights; None means float32, as in diffusers.
+
+    Raises:
+        InputError: another model, or its weights do not fit.
+    """
+    check_part(folder, part)
+    model = PARTS[part].from_pretrained(
+        str(folder), torch_dtype=torch_dtype or torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return model.requires_grad_(False).eval()
+
+
+def check_part(folder: Path, part: str, variant: str | None = None) -> None:
+    """Refuse a part's folder unless its config is that of the part and its weights fit; only headers are read.
+
+    Args:
+        folder: the part's own folder.
+        part: name out of `PARTS`, of a model.
+        variant: the files' middle name, such as "fp16".
+
+    Raises:
+        InputError: no config, no safetensors, another model, or a missing, unexpected or misshapen key.
+    """
     config = _read_config(folder)
     stock = PARTS[part]
     kind = config.get("model_type" if stock is Qwen3Model else "_class_name")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -25,6 +27,7 @@ from ..data.dataset import BucketBatchSampler, CachedDataset, collate
 from ..data.pictures import Picture, scan
 from ..errors import InputError
 from ..generation import Request
+from ..models.encoders import check_encoders
 from ..models.precision import enable_fp32_residual
 from ..models.sources import ModelSources, resolve_sources
 from ..transformer import AnimaTransformerModel
@@ -77,52 +80,65 @@ def train(config: RunConfig) -> Result:
         TrainingError: the loss is not finite.
     """
     options, now = config.train, datetime.now()
-    accelerator = _accelerator(options)
     outputs = Outputs(resolve_folder(options.save.output_dir, now), options.save.output_name)
-    resume = Path(options.save.resume) if options.save.resume else None
-    progress = read_progress(resume) if resume else Progress()
-    require_free(outputs, overwrite=options.save.overwrite, resume=resume is not None)
-    for warning in config.warnings:
-        logger.warning(warning)
-    sources = _sources(options)
-    cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
-    pictures = scan(config.datasets, cache_dir=cache_dir)
+    log_root = Path(options.log.logging_dir) if options.log.logging_dir else outputs.folder / "logs"
+    with _engine(options, log_root) as accelerator:
+        resume = Path(options.save.resume) if options.save.resume else None
+        progress = read_progress(resume) if resume else Progress()
+        require_free(outputs, overwrite=options.save.overwrite, resume=resume is not None)
+        for warning in config.warnings:
+            logger.warning(warning)
+        sources = _sources(options)
+        check_encoders(sources.text_encoder, sources.vae)
+        cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
+        pictures = scan(config.datasets, cache_dir=cache_dir)
 
-    dtype = DTYPES[options.loop.mixed_precision]
-    model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype=dtype)
-    set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
-    parameters = add_network(model, options)
-    hashes = hash_model(sources, FileIndex(cache_folder(pictures[0].path.parent, cache_dir)))
-    dataset = _cached_dataset(options, sources, hashes, model, pictures, dtype, accelerator.device, cache_dir)
-    sampler = BucketBatchSampler(dataset.groups, dataset.batch_sizes, seed=options.loop.seed)
-    facts = _plan(options, sources, hashes, batches=len(sampler))
+        dtype = DTYPES[options.loop.mixed_precision]
+        model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype=dtype)
+        set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
+        parameters = add_network(model, options)
+        hashes = hash_model(sources, FileIndex(cache_folder(pictures[0].path.parent, cache_dir)))
+        dataset = _cached_dataset(options, sources, hashes, model, pictures, dtype, accelerator.device, cache_dir)
+        sampler = BucketBatchSampler(dataset.groups, dataset.batch_sizes, seed=options.loop.seed)
+        facts = _plan(options, sources, hashes, batches=len(sampler))
 
-    _prepare_model(model, options, accelerator)
-    parts = _prepare_parts(accelerator, options, model, parameters, dataset, sampler, facts.total_steps)
-    register(accelerator, model, progress)
-    if resume:
-        accelerator.load_state(str(resume))
-        logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
-    metadata = partial(training_metadata, options, pictures, facts)
-    saver = _saver(accelerator, options, model, outputs, progress, metadata)
-    log_folder = _start_tracking(accelerator, options, outputs, now)
-    run_loop(
-        accelerator,
-        parts,
-        progress,
-        total_steps=facts.total_steps,
-        max_grad_norm=options.optimizer.max_grad_norm,
-        on_step=saver.after_step,
-        on_epoch=saver.after_epoch,
-    )
-    saver.at_end()
-    learned = relative_delta(model.components, ADAPTER_NAME)
-    comparison = _compare(accelerator, options, model, sources, outputs, dtype)
-    accelerator.end_training()
+        _prepare_model(model, options, accelerator)
+        parts = _prepare_parts(accelerator, options, model, parameters, dataset, sampler, facts.total_steps)
+        register(accelerator, model, progress)
+        if resume:
+            accelerator.load_state(str(resume))
+            logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
+        metadata = partial(training_metadata, options, pictures, facts)
+        saver = _saver(accelerator, options, model, outputs, progress, metadata)
+        log_folder = _start_tracking(accelerator, options, log_root, now)
+        run_loop(
+            accelerator,
+            parts,
+            progress,
+            total_steps=facts.total_steps,
+            max_grad_norm=options.optimizer.max_grad_norm,
+            on_step=saver.after_step,
+            on_epoch=saver.after_epoch,
+        )
+        saver.at_end()
+        learned = relative_delta(model.components, ADAPTER_NAME)
+        comparison = _compare(accelerator, options, model, sources, outputs, dtype)
     return Result(outputs.final, progress.step, learned, log_folder, comparison)
 
 
-def _accelerator(options: TrainOptions) -> Accelerator:
+@contextmanager
+def _engine(options: TrainOptions, log_root: Path) -> Iterator[Accelerator]:
+    """accelerate's engine for one run; afterwards the process is free for a run with other settings."""
+    try:
+        accelerator = _accelerator(options, log_root)
+        yield accelerator
+        accelerator.end_training()
+    finally:
+        # accelerate keeps precision and device for the process's life and refuses other ones; it offers no other way.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
     """Accelerate's engine for this run.
 
     Raises:
@@ -135,6 +151,7 @@ def _accelerator(options: TrainOptions) -> Accelerator:
         gradient_accumulation_steps=options.loop.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
         log_with=None if options.log.log_with == "none" else options.log.log_with,
+        project_config=ProjectConfiguration(logging_dir=str(log_root)),
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError(
@@ -306,15 +323,13 @@ def _saver(
     )
 
 
-def _start_tracking(accelerator: Accelerator, options: TrainOptions, outputs: Outputs, now: datetime) -> Path | None:
+def _start_tracking(accelerator: Accelerator, options: TrainOptions, root: Path, now: datetime) -> Path | None:
     """Open the log; returns `<logging_dir>/<log_prefix><output_name>_YYYYMMDD_HHMMSS_ffffff`."""
     if options.log.log_with == "none":
         return None
-    root = Path(options.log.logging_dir) if options.log.logging_dir else outputs.folder / "logs"
-    name = f"{options.log.log_prefix or ''}{outputs.name}_{now:%Y%m%d_%H%M%S_%f}"
+    name = f"{options.log.log_prefix or ''}{options.save.output_name}_{now:%Y%m%d_%H%M%S_%f}"
     if accelerator.is_main_process:
         root.mkdir(parents=True, exist_ok=True)
-    accelerator.project_configuration.logging_dir = str(root)
     accelerator.init_trackers(name)
     return root / name
 

@@ -11,7 +11,7 @@ import pytest
 
 from anima_peft.config import TrainOptions, build_parser, foreign, load
 from anima_peft.config.dataset import DatasetKeys, SubsetKeys
-from anima_peft.config.loading import _GROUPS, _OPTIONS
+from anima_peft.config.loading import GROUPS, OPTIONS
 from anima_peft.config.options import options_of
 from anima_peft.errors import InputError
 
@@ -122,7 +122,7 @@ PROMPT_DEFAULTS = {
 
 
 def test_every_option_has_a_case() -> None:
-    assert CASES.keys() | INSIDE_CASES.keys() == _OPTIONS.keys()
+    assert CASES.keys() | INSIDE_CASES.keys() == OPTIONS.keys()
     assert not CASES.keys() & INSIDE_CASES.keys()
 
 
@@ -132,7 +132,7 @@ def test_option_from_toml(load_with, name: str) -> None:
     run = load_with({**BESIDE.get(name, {}), name: written})
     assert run.values[name] == expected(name, written)
     assert type(run.values[name]) is type(expected(name, written))
-    group = next(group for group, cls in _GROUPS.items() if name in cls.__dataclass_fields__)
+    group = next(group for group, cls in GROUPS.items() if name in cls.__dataclass_fields__)
     kept = getattr(getattr(run.train, group), name)
     assert run.values[name] == ([asdict(line) for line in kept] if name == "compare_prompts" else kept)
 
@@ -151,7 +151,7 @@ def test_argument_from_toml_and_command_line(load_with, name: str) -> None:
     assert load_with(argv=(f"--{listed}", f"{name} = {text}")).values[name] == kept
 
 
-@pytest.mark.parametrize("name", [o.name for o in _OPTIONS.values() if o.kind.name == "SWITCH" and not o.rules.inside])
+@pytest.mark.parametrize("name", [o.name for o in OPTIONS.values() if o.kind.name == "SWITCH" and not o.rules.inside])
 def test_a_switch_can_be_turned_off_on_the_command_line(load_with, name: str) -> None:
     if name.startswith("cache_"):
         with pytest.raises(InputError, match=f"--no-{name}: false is not supported"):
@@ -170,6 +170,8 @@ def test_a_switch_can_be_turned_off_on_the_command_line(load_with, name: str) ->
         (r"[qk]_proj", ["[qk]_proj"]),
         (r"(self|cross)_attn\..*", [r"(self|cross)_attn\..*"]),
         ('["x{1,2}"]', ["x{1,2}"]),
+        (r"""['blocks\.\d+\.b', "mlp\\.1",]""", [r"blocks\.\d+\.b", r"mlp\.1"]),
+        ("[to_q, to_k]", ["to_q", "to_k"]),
     ],
 )
 def test_lists_inside_arguments(load_with, text: str, kept: list[str]) -> None:
@@ -255,14 +257,14 @@ def test_sections_are_flattened(load_with) -> None:
 def test_values_are_json_able_and_complete(load_with) -> None:
     run = load_with({"compare_prompts": ["a"], "network_args": ["target_modules=a,b"]})
     assert json.loads(json.dumps(run.values)) == run.values
-    assert run.values.keys() == _OPTIONS.keys()
+    assert run.values.keys() == OPTIONS.keys()
 
 
 def test_the_whole_configuration_may_stand_on_the_command_line(tmp_path: Path) -> None:
     dataset = tmp_path / "d.toml"
     dataset.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "p"\n')
-    words = "--anima_transformer m --network_module networks.lora_anima --learning_rate 1e-4 --output_dir o".split()
-    run = load([*words, "--output_name", "n", "--dataset_config", str(dataset)])
+    words = ["--anima_transformer", "m", "--network_module", "networks.lora_anima", "--learning_rate", "1e-4"]
+    run = load([*words, "--output_dir", "o", "--output_name", "n", "--dataset_config", str(dataset)])
     assert (run.config_file, run.dataset_config) == (None, dataset)
     assert run.train.optimizer.learning_rate == 1e-4
 
@@ -300,20 +302,22 @@ def test_foreign_options_that_ask_for_nothing_are_taken(load_with, given: dict[s
 
 
 def test_foreign_flags_that_ask_for_nothing_are_taken(load_with) -> None:
-    load_with(argv=("--keep_tokens", "0", "--no-train_norm", "--text_encoder_lr", "0", "0", "--network_train_unet_only"))
+    load_with(
+        argv=("--keep_tokens", "0", "--no-train_norm", "--text_encoder_lr", "0", "0", "--network_train_unet_only")
+    )
 
 
 def test_no_foreign_option_is_also_ours() -> None:
-    ours = {name for cls in (*_GROUPS.values(), DatasetKeys, SubsetKeys) for o in options_of(cls) for name in o.names}
+    ours = {name for cls in (*GROUPS.values(), DatasetKeys, SubsetKeys) for o in options_of(cls) for name in o.names}
     assert not ours & foreign.TRAIN_OPTIONS.keys()
     for name, table in foreign.ARGUMENTS.items():
-        assert not table.keys() & {o.name for o in _OPTIONS.values() if o.rules.inside == name}
+        assert not table.keys() & {o.name for o in OPTIONS.values() if o.rules.inside == name}
 
 
 def test_help_names_every_option_and_its_default() -> None:
     text = " ".join(build_parser("anima-peft train").format_help().split())
     assert text.startswith("usage: anima-peft train --config_file")
-    for option in _OPTIONS.values():
+    for option in OPTIONS.values():
         assert (f" {option.name}: " if option.rules.inside else f"--{option.name}") in text
     assert "Default: 512." in text
     assert "--shuffle_caption" not in text
@@ -327,5 +331,5 @@ def test_help_is_printed_and_ends_the_program(capsys: pytest.CaptureFixture[str]
 
 
 def test_every_option_has_a_help_text() -> None:
-    assert all(len(option.rules.help) > 10 and option.rules.help.endswith(".") for option in _OPTIONS.values())
-    assert set(_GROUPS) == set(TrainOptions.__dataclass_fields__)
+    assert all(len(option.rules.help) > 10 and option.rules.help.endswith(".") for option in OPTIONS.values())
+    assert set(GROUPS) == set(TrainOptions.__dataclass_fields__)

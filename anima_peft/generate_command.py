@@ -1,0 +1,179 @@
+"""`anima-peft generate`: prompts and seeds, with any adapters, to pictures and a labelled grid."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError
+from .generation import Request, draw, labelled_grid, save_picture
+from .models.sources import resolve_sources
+from .pipeline import AnimaPipeline
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_EXAMPLES = """
+examples:
+  anima-peft generate --model Anima-Base-v1.0-Diffusers --prompt "1girl, solo" --output_dir pictures
+  anima-peft generate --anima_transformer anima.safetensors --vae qwen_image_vae.safetensors \\
+    --qwen qwen_3_06b_base.safetensors --qwen_tokenizer_dir qwen --t5_tokenizer_dir t5 \\
+    --prompt "1girl, solo" --seed 1 2 3 --adapter style.safetensors=0.8 --compare --output_dir pictures
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="anima-peft generate",
+        description="Draw one picture for every prompt and seed, and a labelled grid of them all.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--anima_transformer",
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="single file with DiT and conditioner, diffusers folder, or hub repo id",
+    )
+    for option, text in (
+        ("--vae", "VAE file or folder"),
+        ("--qwen", "Qwen3 file or folder"),
+        ("--qwen_tokenizer_dir", "folder of Qwen's tokenizer"),
+        ("--t5_tokenizer_dir", "folder of the T5 tokenizer"),
+    ):
+        model.add_argument(option, metavar="PATH", help=f"{text}; a diffusers folder brings its own")
+    model.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    model.add_argument("--dtype", choices=_DTYPES, help="default: bf16 on a graphics card, fp32 on the CPU")
+    model.add_argument("--offload", action="store_true", help="keep on the graphics card only the part at work")
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[=STRENGTH]",
+        help="adapter file and its strength (default 1.0); may be repeated",
+    )
+    adapters.add_argument("--compare", action="store_true", help="draw every picture without the adapters as well")
+    picture = parser.add_argument_group("pictures")
+    picture.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    picture.add_argument("--negative_prompt", default="", help="for all prompts")
+    picture.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each (default 0)")
+    picture.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    picture.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    picture.add_argument("--steps", type=int, default=30, help="default 30")
+    picture.add_argument("--guidance_scale", type=float, default=4.0, help="1 turns guidance off (default 4)")
+    picture.add_argument("--flow_shift", type=float, help="shift of the noise schedule (default 3)")
+    picture.add_argument("--output_dir", type=Path, required=True, help="folder for the pictures; made if missing")
+    picture.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
+    return parser
+
+
+def generate(argv: Sequence[str]) -> list[Path]:
+    """Draw what the flags ask for.
+
+    Returns:
+        The files written: the pictures, then `grid.png`.
+
+    Raises:
+        InputError: the model or an adapter cannot be loaded, a size is wrong, or a picture would be overwritten.
+    """
+    arguments = build_parser().parse_args(argv)
+    adapters = [_adapter(text) for text in arguments.adapter]
+    if arguments.compare and not adapters:
+        raise InputError("--compare has no effect without --adapter.")
+    requests = _requests(arguments)
+    columns = ["without", "with adapters"] if arguments.compare else ["with adapters" if adapters else "pictures"]
+    files = _files(arguments.output_dir, len(requests), columns)
+    taken = [path for row in files for path in row if path.exists()]
+    if taken and not arguments.overwrite:
+        raise InputError(f"{taken[0]} exists already; choose another --output_dir or add --overwrite.")
+    pipe = _pipeline(arguments)
+    drawn: list[list[Any]] = [[] for _ in requests]
+    if arguments.compare or not adapters:
+        _draw_column(pipe, requests, drawn)
+    if adapters:
+        for number, (path, _) in enumerate(adapters):
+            pipe.load_lora_weights(path, adapter_name=f"adapter_{number}")
+        names = [f"adapter_{number}" for number in range(len(adapters))]
+        pipe.set_adapters(names, [strength for _, strength in adapters])
+        _draw_column(pipe, requests, drawn)
+    for pictures, paths in zip(drawn, files, strict=False):
+        for picture, path in zip(pictures, paths, strict=True):
+            save_picture(picture, path)
+    labels = [f"seed {request.seed}: {request.prompt}" for request in requests]
+    grid = files[-1][0]
+    save_picture(labelled_grid(drawn, labels, columns), grid)
+    written = [path for row in files for path in row]
+    for path in written:
+        print(path)
+    return written
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """File and strength of `FILE[=STRENGTH]`; a name that contains `=` and exists is a name."""
+    path, equals, strength = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(strength)
+    except ValueError:
+        raise InputError(f"--adapter {text}: expected FILE or FILE=STRENGTH, and {strength!r} is no number.") from None
+
+
+def _requests(arguments: argparse.Namespace) -> list[Request]:
+    return [
+        Request(
+            prompt=prompt,
+            negative_prompt=arguments.negative_prompt,
+            width=arguments.width,
+            height=arguments.height,
+            seed=seed,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            flow_shift=arguments.flow_shift,
+        )
+        for prompt in arguments.prompt
+        for seed in arguments.seed
+    ]
+
+
+def _files(folder: Path, requests: int, columns: Sequence[str]) -> list[list[Path]]:
+    """A file for every picture, row by row, and last the grid's."""
+    names = [f"-{column.split()[0]}" for column in columns] if len(columns) > 1 else [""]
+    rows = [[folder / f"{number:03d}{name}.png" for name in names] for number in range(1, requests + 1)]
+    return [*rows, [folder / "grid.png"]]
+
+
+def _draw_column(pipe: AnimaPipeline, requests: Sequence[Request], drawn: list[list[Any]]) -> None:
+    for request, row in zip(requests, drawn, strict=True):
+        row.append(draw(pipe, request))
+
+
+def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
+    sources = resolve_sources(
+        arguments.anima_transformer,
+        vae=arguments.vae,
+        qwen=arguments.qwen,
+        qwen_tokenizer_dir=arguments.qwen_tokenizer_dir,
+        t5_tokenizer_dir=arguments.t5_tokenizer_dir,
+    )
+    device = arguments.device or _best_device()
+    dtype = _DTYPES[arguments.dtype or ("fp32" if device == "cpu" else "bf16")]
+    pipe = AnimaPipeline.from_sources(sources, torch_dtype=dtype)
+    pipe.enable_vae_tiling()
+    if arguments.offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    return pipe.to(device)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,18 @@
+"""What all rooms' tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anima_peft.miniature import MiniatureFiles, write_miniature
+
+
+# The models are so small that a second thread costs more than it gives.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> MiniatureFiles:
+    """A small Anima in single files, with pictures. Read-only: tests copy what they change."""
+    return write_miniature(tmp_path_factory.mktemp("miniature"))
