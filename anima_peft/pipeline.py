@@ -28,6 +28,7 @@ from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import Qwen2Tokenizer, Qwen3Model, T5TokenizerFast  # type: ignore[attr-defined]  # an alias
 
+from .adapters.pipeline_mixin import AnimaAdapterMixin
 from .errors import InputError
 from .models.compat import ensure_cosmos_without_torchvision
 from .models.latents import decode_latents, encode_latents
@@ -51,7 +52,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
-class AnimaPipeline(AnimaPipelineLoader):
+class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
     """Text-to-image and image-to-image with Anima.
 
     Args:

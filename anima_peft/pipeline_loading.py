@@ -6,13 +6,19 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
 from .errors import InputError
+from .models.encoders import check_encoders, load_text_encoder, load_vae
 from .models.folders import PARTS, check_folder, fetch_folder, stock_index
+from .models.sources import ModelSources, resolve_sources
 from .models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from .transformer import AnimaTransformerModel
 
 _HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+_SHIFT = 3.0  # the published model's scheduler
 _LIBRARIES = ("diffusers", "transformers", None)  # None stands for a part that the folder does not have
 
 
@@ -48,6 +54,68 @@ class AnimaPipelineLoader(DiffusionPipeline):
         pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
+
+    @classmethod
+    def from_single_files(
+        cls,
+        *,
+        transformer: str | os.PathLike[str],
+        text_encoder: str | os.PathLike[str],
+        vae: str | os.PathLike[str],
+        tokenizer: str | os.PathLike[str] | None = None,
+        t5_tokenizer: str | os.PathLike[str],
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load from the files that ComfyUI users have.
+
+        Args:
+            transformer: safetensors with DiT and `llm_adapter`.
+            text_encoder: Qwen3 as a safetensors file, or its Hugging Face folder.
+            vae: the Qwen-Image VAE as a safetensors file.
+            tokenizer: folder of Qwen's tokenizer; None takes `text_encoder` if that is a folder.
+            t5_tokenizer: folder of the T5 tokenizer.
+            torch_dtype: dtype of all weights; None keeps the files'.
+
+        Raises:
+            InputError: a file is missing or holds another model, or its weights do not fit.
+        """
+        sources = resolve_sources(
+            transformer, vae=vae, qwen=text_encoder, qwen_tokenizer_dir=tokenizer, t5_tokenizer_dir=t5_tokenizer
+        )
+        return cls.from_sources(sources, torch_dtype)
+
+    @classmethod
+    def from_sources(cls, sources: ModelSources, torch_dtype: torch.dtype | None = None) -> Self:
+        """Load each part from where `resolve_sources` found it.
+
+        Raises:
+            InputError: a file holds another model, or its weights do not fit.
+        """
+        check_encoders(sources.text_encoder, sources.vae)
+        model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype)
+        return cls.around(model, sources, torch_dtype)
+
+    @classmethod
+    def around(
+        cls, model: AnimaTransformerModel, sources: ModelSources, torch_dtype: torch.dtype | None = None
+    ) -> Self:
+        """A pipeline that draws with `model` as it is, its adapters included; the other parts come from `sources`.
+
+        Raises:
+            InputError: a file holds another model, or its weights do not fit.
+        """
+        settings = sources.transformer / "scheduler"
+        return cls(
+            text_encoder=load_text_encoder(sources.text_encoder, torch_dtype),
+            tokenizer=load_qwen_tokenizer(sources.tokenizer),
+            t5_tokenizer=load_t5_tokenizer(sources.t5_tokenizer),
+            text_conditioner=model.text_conditioner,
+            transformer=model.transformer,
+            vae=load_vae(sources.vae, torch_dtype),
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(str(settings), local_files_only=True)
+            if settings.is_dir()
+            else FlowMatchEulerDiscreteScheduler(shift=_SHIFT),
+        )
 
     @classmethod
     def load_config(  # type: ignore[override]  # the base class lists two flags that pass through here

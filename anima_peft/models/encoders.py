@@ -153,4 +153,3 @@ def _qwen_config(checkpoint: Checkpoint, prefix: str) -> Qwen3Config:
         num_key_value_heads=size("layers.0.self_attn.k_proj.weight", 0) // head_dim,
         head_dim=head_dim,
     )
-

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.models import AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download

@@ -65,12 +65,12 @@ def locate_model(path_or_repo: str | os.PathLike[str]) -> Path:
 
 
 def resolve_sources(
-    anima_transformer: str | Path,
+    anima_transformer: str | os.PathLike[str],
     *,
-    vae: str | Path | None = None,
-    qwen: str | Path | None = None,
-    qwen_tokenizer_dir: str | Path | None = None,
-    t5_tokenizer_dir: str | Path | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    qwen: str | os.PathLike[str] | None = None,
+    qwen_tokenizer_dir: str | os.PathLike[str] | None = None,
+    t5_tokenizer_dir: str | os.PathLike[str] | None = None,
 ) -> ModelSources:
     """Find every part, and report all that is missing together.
 
@@ -93,7 +93,7 @@ def resolve_sources(
         )
     folder = base if base is not None and base.is_dir() else None
 
-    def part(option: str, given: str | Path | None, subfolder: str, missing_hint: str) -> Path:
+    def part(option: str, given: str | os.PathLike[str] | None, subfolder: str, missing_hint: str) -> Path:
         if given is None and folder is not None:
             given = folder / subfolder
         if given is None:

@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 
 from ..generation import Request, draw, labelled_grid, save_picture
-from ..models.encoders import load_text_encoder, load_vae
 from ..models.sources import ModelSources
-from ..models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from ..pipeline import AnimaPipeline
 from ..transformer import AnimaTransformerModel
 from .encoding import encoder_dtype
@@ -36,14 +34,7 @@ def draw_comparison(
     """
     model.unload_lora()
     model.disable_gradient_checkpointing()
-    compute = encoder_dtype(dtype)
-    pipe = AnimaPipeline.from_parts(
-        model,
-        text_encoder=load_text_encoder(sources.text_encoder, compute),
-        vae=load_vae(sources.vae, compute),
-        tokenizer=load_qwen_tokenizer(sources.tokenizer),
-        t5_tokenizer=load_t5_tokenizer(sources.t5_tokenizer),
-    ).to(device)
+    pipe = AnimaPipeline.around(model, sources, encoder_dtype(dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     # Large pictures decode in tiles: where training fits, this must fit too.
     pipe.enable_vae_tiling()

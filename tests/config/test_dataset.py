@@ -249,3 +249,9 @@ def test_one_fault_in_general_is_reported_once_for_all_datasets(load_with) -> No
 
 def test_neutral_values_of_other_trainers_are_taken(load_with) -> None:
     load_with(dataset=dataset(general="shuffle_caption = false\nkeep_tokens = 0\ncaption_separator = ','\n"))
+
+
+def test_a_faulty_dataset_key_is_not_also_said_to_hide_the_train_args(load_with) -> None:
+    with pytest.raises(InputError) as report:
+        load_with({"train_batch_size": 2}, dataset("batch_size = 0"))
+    assert str(report.value).count("\n") == 1

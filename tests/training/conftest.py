@@ -56,7 +56,9 @@ def configure(miniature: MiniatureFiles, pictures: Path, tmp_path: Path) -> Conf
             "output_name": "test",
             "log_with": "none",
         }
-        words = [word for name, value in given.items() for word in (f"--{name}", str(value)) if f"--{name}" not in flags]
+        words = [
+            word for name, value in given.items() for word in (f"--{name}", str(value)) if f"--{name}" not in flags
+        ]
         return load([*words, *flags])
 
     return build
