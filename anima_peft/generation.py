@@ -14,6 +14,7 @@ from .pipeline import AnimaPipeline
 
 _MARGIN = 8
 _LABEL_LINES = 2
+_MIN_CELL = 160  # room for a label above small pictures
 # Fonts with Chinese and Japanese glyphs as the systems ship them; Pillow's own has Latin letters only.
 _FONTS = ("msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc")
 
@@ -72,7 +73,7 @@ def labelled_grid(
     font = _font(14)
     line = round(font.getbbox("Ag国")[3]) + 4
     cell = max(picture.width for row in rows for picture in row)
-    cell = max(cell, 96)  # room for a label above small pictures
+    cell = max(cell, _MIN_CELL)
     width = _MARGIN + len(column_labels) * (cell + _MARGIN)
     heights = [_LABEL_LINES * line + max(picture.height for picture in row) + _MARGIN for row in rows]
     grid = Image.new("RGB", (width, line + _MARGIN + sum(heights)), "white")
@@ -111,6 +112,8 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
         end = len(text)
         while end > 1 and font.getlength(text[:end] + ("…" if last and end < len(text) else "")) > width:
             end -= 1
+        if not last and end < len(text):
+            end = text.rfind(" ", 0, end) + 1 or end  # between words, where there are any
         fitted.append(text[:end] + ("…" if last and end < len(text) else ""))
         text = text[end:]
         if not text:

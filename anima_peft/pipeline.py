@@ -212,19 +212,18 @@ class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
         return ready
 
     def _encode_image(
-        self, image: PipelineImageInput, height: int, width: int, pictures: int, generator: Generators, device: Any
+        self, image: PipelineImageInput, height: int, width: int, prompts: int, generator: Generators, device: Any
     ) -> torch.Tensor:
-        """Latents (N, 16, 1, h, w) fp32 of one picture, or of one for each prompt, resized to H x W."""
+        """Latents (1 or B, 16, 1, h, w) fp32 of one picture, or of one for each prompt, resized to H x W."""
         pixels = self.image_processor.preprocess(image, height=height, width=width).to(device)
-        if pixels.shape[1] != 3 or pictures % pixels.shape[0]:
+        if pixels.shape[1] != 3 or pixels.shape[0] not in (1, prompts):
             raise InputError(
                 f"`image` holds {pixels.shape[0]} pictures of {pixels.shape[1]} channels. Expected 3 channels, and one "
-                f"picture or one for each prompt ({pictures} pictures are to be made)."
+                f"picture or one for each of the {prompts} prompts."
             )
         # A list of generators makes the reference encode one by one, which can differ from a batch in the last bit.
         batches = pixels.split(1) if isinstance(generator, list) else [pixels]
-        latents = torch.cat([encode_latents(self.vae, batch) for batch in batches]).unsqueeze(2)
-        return latents.repeat_interleave(pictures // latents.shape[0], dim=0)
+        return torch.cat([encode_latents(self.vae, batch) for batch in batches]).unsqueeze(2)
 
     def _set_timesteps(
         self, num_inference_steps: int, sigmas: Sequence[float] | None, strength: float, device: Any
@@ -365,7 +364,8 @@ class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device=device, dtype=torch.float32)
         if image is not None:
-            clean = self._encode_image(image, height, width, shape[0], generator, device)
+            clean = self._encode_image(image, height, width, prompts, generator, device)
+            clean = clean.repeat_interleave(shape[0] // clean.shape[0], dim=0)
             latents = self.scheduler.scale_noise(clean, timesteps[:1].repeat(shape[0]), latents)
         latents = self._denoise(latents, timesteps, ready, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images: Any = latents

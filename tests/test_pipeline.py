@@ -331,7 +331,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "callback tensors": ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     "no tokens": ({"max_sequence_length": 0}, "`max_sequence_length`"),
     "too many tokens": ({"max_sequence_length": 5000}, "`max_sequence_length`"),
-    "too many pictures": ({"image": [picture(0), picture(1)]}, "2 pictures of 3 channels"),
+    "too many pictures": (
+        {"image": [picture(0), picture(1)], "num_images_per_prompt": 2},
+        "2 pictures of 3 channels.*each of the 1 prompts",
+    ),
     "channels": ({"image": torch.zeros(1, 16, 8, 12)}, "16 channels"),
 }
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
 from ..errors import InputError
+from .folders import PARTS, fetch_folder
 
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_REPO_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)")  # a mistyped file is not looked for on the hub
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ def is_diffusers_folder(path: Path) -> bool:
     return (path / "transformer" / "config.json").is_file() and (path / "text_conditioner" / "config.json").is_file()
 
 
-def locate_model(path_or_repo: str | os.PathLike[str]) -> Path:
-    """The local file or folder for a path or a hub repo id; a repo is downloaded once, without pickled weights.
+def locate_model(path_or_repo: str | os.PathLike[str], parts: Collection[str] = tuple(PARTS)) -> Path:
+    """The local file or folder for a path or a hub repo id; of a repo only what the `parts` need is downloaded.
 
     Raises:
         InputError: no such path, and no such repo can be had.
@@ -55,13 +53,7 @@ def locate_model(path_or_repo: str | os.PathLike[str]) -> Path:
             f"{path_or_repo}: no such file or folder. Expected a .safetensors file with DiT and `llm_adapter`, a "
             "diffusers folder, or a hub repo id such as circlestone-labs/Anima-Base-v1.0-Diffusers."
         )
-    try:
-        return Path(snapshot_download(os.fspath(path_or_repo), allow_patterns=_REPO_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{path_or_repo}: no such file or folder here, and the hub repo of this name cannot be had "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    return fetch_folder(os.fspath(path_or_repo), parts)
 
 
 def resolve_sources(
