@@ -6,8 +6,9 @@ captions: whatever runs on this runs on the real model, without a download or a 
 
 from __future__ import annotations
 
-import json
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,8 @@ def write_miniature(folder: str | Path, *, seed: int = 0, overwrite: bool = Fals
         torch.manual_seed(seed)
         transformer, conditioner = build_dit(len(t5))
         text_encoder, vae = build_text_encoder(len(qwen)), build_vae()
-    what = {"modelspec.title": "Anima miniature", "modelspec.description": "Random weights; for trying things out."}
+    # One entry: safetensors writes several in an order that changes from file to file.
+    what = {"modelspec.title": "Anima miniature with random weights, for trying things out"}
     save_tensors(files.transformer, native_state_dict(transformer, conditioner), what)
     save_tensors(files.vae, wan_state_dict(vae), what)
     save_tensors(files.text_encoder, {f"model.{k}": v for k, v in text_encoder.state_dict().items()}, what)
@@ -195,7 +197,7 @@ def _wan_name(key: str) -> str:
 
 
 def write_tokenizers(qwen_folder: Path, t5_folder: Path, corpus: list[str]) -> None:
-    """Small tokenizers of the real classes: byte-level BPE for Qwen, Unigram with byte fallback for T5."""
+    """Small tokenizers of the real classes: byte-level BPE for Qwen, Unigram for T5."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
@@ -209,21 +211,19 @@ def write_tokenizers(qwen_folder: Path, t5_folder: Path, corpus: list[str]) -> N
     end = "<|endoftext|>"
     Qwen2Tokenizer(tokenizer_object=bpe, pad_token=end, eos_token=end).save_pretrained(qwen_folder)
 
-    unigram = Tokenizer(models.Unigram())
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    letters = sorted({letter for caption in corpus for letter in caption} | set(ascii_lowercase + digits + ",."))
-    unigram.train_from_iterator(
-        corpus,
-        trainers.UnigramTrainer(
-            vocab_size=200,
-            initial_alphabet=letters,
-            special_tokens=["<pad>", "</s>", "<unk>"],
-            unk_token="<unk>",
-            **quiet,
-        ),
-    )
-    vocabulary = [(piece, score) for piece, score in json.loads(unigram.to_str())["model"]["vocab"]]
-    T5TokenizerFast(vocab=vocabulary, extra_ids=0).save_pretrained(t5_folder)
+    T5TokenizerFast(vocab=_unigram_vocabulary(corpus), extra_ids=0).save_pretrained(t5_folder)
+
+
+def _unigram_vocabulary(corpus: list[str]) -> list[tuple[str, float]]:
+    """Pieces with their log probabilities: the corpus' words, and letters for all other words.
+
+    The tokenizers library's own trainer orders pieces of equal frequency at random.
+    """
+    words = Counter(word for caption in corpus for word in re.findall(r"\w+", caption))
+    total = words.total()
+    known = [(f"▁{word}", math.log(count / total)) for word, count in sorted(words.items())]
+    letters = [(letter, math.log(0.1 / total)) for letter in "▁" + ascii_lowercase + digits + ",."]
+    return [(special, 0.0) for special in ("<pad>", "</s>", "<unk>")] + known + letters
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from diffusers.configuration_utils import register_to_config
 
 from .adapters import exchange, strengths
 from .adapters.formats import Format
-from .adapters.naming import TEXT_CONDITIONER, TRANSFORMER, Components
+from .adapters.naming import TEXT_CONDITIONER, TRANSFORMER, Components, base_weights
 from .adapters.strengths import Strength
 from .errors import InputError
+from .models.checkpoints import build_empty
 from .models.compat import ensure_cosmos_without_torchvision
 from .models.dit import load_dit
 from .models.folders import load_part
@@ -63,7 +65,7 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: not an Anima checkpoint, or a key is missing, unexpected or misshapen.
         """
-        return cls(*load_dit(path, torch_dtype))
+        return cls(*load_dit(path, torch_dtype)).eval()
 
     @classmethod
     def from_pretrained(
@@ -78,7 +80,7 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: nothing there, or a key is missing, unexpected or misshapen.
         """
-        path = locate_model(pretrained_model_name_or_path)
+        path = locate_model(pretrained_model_name_or_path, (TRANSFORMER, TEXT_CONDITIONER))
         if path.is_file():
             return cls.from_single_file(path, torch_dtype)
         if not is_diffusers_folder(path):
@@ -86,10 +88,12 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         transformer = load_part(path / TRANSFORMER, TRANSFORMER, torch_dtype)
         conditioner = load_part(path / TEXT_CONDITIONER, TEXT_CONDITIONER, torch_dtype)
         set_qk_norm_eps(transformer)
-        return cls(transformer, conditioner)
+        return cls(transformer, conditioner).eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write diffusers' subfolders `transformer/` and `text_conditioner/`; adapters are saved apart.
+        """Write diffusers' subfolders `transformer/` and `text_conditioner/`.
+
+        Adapters are not part of them (`save_lora_adapter` writes those), except for what is fused.
 
         Args:
             save_directory: folder, made if missing.
@@ -97,7 +101,9 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         """
         parts: Mapping[str, Any] = self.components
         for component, model in parts.items():
-            model.save_pretrained(Path(save_directory) / component, **options)
+            bare = build_empty(partial(type(model).from_config, model.config))
+            bare.load_state_dict(base_weights(model), assign=True)
+            bare.save_pretrained(Path(save_directory) / component, **options)
 
     @property
     def components(self) -> Components:
@@ -159,7 +165,8 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
             ValueError: both kinds of text, or neither.
         """
         text = (qwen_hidden_states, qwen_attention_mask, t5_input_ids, t5_attention_mask)
-        if (prompt_embeds is None) != all(part is not None for part in text):
+        given = [part is not None for part in text]
+        if any(given) if prompt_embeds is not None else not all(given):
             raise ValueError("give either prompt_embeds or all four inputs of the text conditioner.")
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt_embeds(*text)  # type: ignore[arg-type]  # checked above

@@ -7,7 +7,6 @@ import torch
 
 from anima_peft.miniature import MiniatureFiles, write_miniature
 
-
 # The models are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
 

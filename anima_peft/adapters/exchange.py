@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .formats import FORMATS, Format, parse, serialize
 from .lora import LoraFactors, component_configs, file_configs, inject, lora_layers, read_factors, write_factors
 from .metadata import describe, with_hashes
 from .naming import Components, ModuleName, ModuleTable
-from .strengths import active_adapters, adapter_layers, adapter_names
+from .strengths import activate, active_adapters, adapter_names, remove, require_ready
 
 DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
@@ -37,20 +38,21 @@ def add_adapter(
         The adapter's parameters, all that the model now trains of it.
 
     Raises:
-        InputError: the name is taken, or a target pattern matches nothing.
+        InputError: the name is taken, a target pattern matches nothing, the config asks for what adapter files cannot
+            hold, or other adapters are fused or switched off.
     """
     _require_new(components, adapter_name)
+    require_ready(components, "add_adapter")
     if not isinstance(config, peft.LoraConfig):
         raise InputError(f"config must be a LoraConfig, not {type(config).__name__}.")
     configs = component_configs(config, ModuleTable(components))
-    active = active_adapters(components)
+    _inject_beside(components, configs, adapter_name)
     for model in components.values():
         model.requires_grad_(False)
-    inject(components, configs, adapter_name)
     parameters = adapter_parameters(components, adapter_name)
     for parameter in parameters:
         parameter.data = parameter.data.float()
-    _activate(components, [*active, adapter_name])
+        parameter.requires_grad_(True)
     return parameters
 
 
@@ -65,7 +67,7 @@ def adapter_parameters(components: Components, adapter_name: str) -> list[torch.
     ]
 
 
-def load_adapter(components: Components, source: Source, adapter_name: str | None = None, **hub: Any) -> str:
+def load_adapter(components: Components, source: Source, adapter_name: str | None = None, **where: Any) -> str:
     """Load an adapter from a file, a folder, a hub repo or tensors, and let it act with strength 1.0.
 
     Adapters already active stay so: nothing that was loaded is without effect until `set_adapters` says so. The
@@ -73,35 +75,36 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
 
     Args:
         components: the stock models.
-        source: safetensors file; folder or hub repo with one (then `weight_name`, `subfolder`, `revision`, `token`,
-            `cache_dir`, `local_files_only` as in diffusers); or a mapping from key to tensor.
-        adapter_name: name for `set_adapters`; by default `default_0`, `default_1`, …
+        source: safetensors file; folder or hub repo with one; or a mapping from key to tensor.
+        adapter_name: name for `set_adapters`; by default the first free one of `default_0`, `default_1`, …
+        where: `weight_name`, `subfolder` and the hub's options; see `locate_adapter`.
 
     Returns:
         The adapter's name.
 
     Raises:
-        InputError: the file is not there, not an Anima adapter, or a key is not understood. Nothing was changed then.
+        InputError: the file is not there, not an Anima adapter, or a key is not understood; or other adapters are
+            fused or switched off. Nothing was changed then.
     """
     if adapter_name is None:
-        adapter_name = f"default_{len(adapter_names(components))}"
+        taken = adapter_names(components)
+        adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
     _require_new(components, adapter_name)
+    require_ready(components, "load_lora_adapter")
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str]
     if isinstance(source, Mapping):
         tensors, metadata, label = source, {}, "the given tensors"
     else:
-        path = locate_adapter(source, **hub)
+        path = locate_adapter(source, **where)
         tensors, metadata = read_adapter_file(path)
         label = str(path)
     weights = parse(tensors, metadata, ModuleTable(components), label)
     # From here on nothing can fail for what the file says: every key and shape has been checked.
-    active = active_adapters(components)
-    inject(components, file_configs(weights), adapter_name)
+    _inject_beside(components, file_configs(weights), adapter_name)
     write_factors(components, weights, adapter_name)
     for parameter in adapter_parameters(components, adapter_name):
         parameter.requires_grad_(False)
-    _activate(components, [*active, adapter_name])
     return adapter_name
 
 
@@ -120,7 +123,7 @@ def save_adapter(
         path: the file; a name without `.safetensors` is taken as a folder, and the file is called
             `pytorch_lora_weights.safetensors` as in diffusers.
         format: "kohya" (sd-scripts, ComfyUI, Forge), "comfy" or "diffusers".
-        dtype: dtype of the tensors written.
+        dtype: dtype of the factors written.
         metadata: text added to what the weights say of themselves; wins over it.
 
     Returns:
@@ -156,9 +159,17 @@ def read_adapter(components: Components, adapter_name: str) -> dict[ModuleName, 
 
 
 def locate_adapter(
-    source: str | os.PathLike[str], *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+    source: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
 ) -> Path:
-    """The local safetensors file for a path, a folder or a hub repo id.
+    """The local safetensors file for a path, a folder or a hub repo id; the options are diffusers' and the hub's.
 
     Raises:
         InputError: nothing there, several files to choose from, or the hub refuses.
@@ -168,7 +179,8 @@ def locate_adapter(
         return path
     if path.is_dir():
         folder = path / subfolder if subfolder else path
-        found = [folder / weight_name] if weight_name else sorted(folder.glob("*.safetensors"))
+        # Not hidden ones: a file that is being written is called so.
+        found = [folder / weight_name] if weight_name else sorted(folder.glob("[!.]*.safetensors"))
         if len(found) == 1 and found[0].is_file():
             return found[0]
         names = ", ".join(file.name for file in found) or "none"
@@ -177,7 +189,18 @@ def locate_adapter(
     if repo.count("/") != 1 or repo.endswith(".safetensors"):
         raise InputError(f"{repo}: no such adapter file.")
     try:
-        return Path(hf_hub_download(repo, weight_name or DIFFUSERS_FILE_NAME, subfolder=subfolder, **hub))
+        return Path(
+            hf_hub_download(
+                repo,
+                weight_name or DIFFUSERS_FILE_NAME,
+                subfolder=subfolder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"{repo}: no such file here, and the hub cannot give it ({error}).") from error
 
@@ -200,11 +223,13 @@ def _require_new(components: Components, adapter_name: str) -> None:
         raise InputError(f"{adapter_name!r} cannot be an adapter's name: it must not be empty or contain a dot.")
 
 
-def _activate(components: Components, names: Iterable[str]) -> None:
-    """Let `names` act without touching strengths or which parameters are trained."""
-    names = list(names)
-    for _, _, layer in adapter_layers(components):
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        layer.set_adapter(list(names), inference_mode=True)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+def _inject_beside(components: Components, configs: Mapping[str, peft.LoraConfig], adapter_name: str) -> None:
+    """Put a new adapter on the model, to act beside those that act already; take it off again if that fails."""
+    active = active_adapters(components)
+    try:
+        inject(components, configs, adapter_name)
+    except BaseException:
+        remove(components, [adapter_name])
+        activate(components, active)
+        raise
+    activate(components, [*active, adapter_name])

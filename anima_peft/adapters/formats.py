@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -33,16 +34,14 @@ _SUFFIXES = {
     ".alpha": _ALPHA,
 }
 _NOT_SUPPORTED = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "oft_": "OFT",
-    ".w_norm": "norm differences",
-    ".b_norm": "norm differences",
-    "__anima_norm__": "absolute norms",
-    ".diff": "full differences",
-    "lora_te": "text encoder adapters",
+    r"\.dora_scale|lora_magnitude_vector": "DoRA",
+    r"\.lokr_": "LoKr",
+    r"\.hada_": "LoHa",
+    r"\.oft_": "OFT",
+    r"\.[wb]_norm$": "norm differences",
+    r"^__anima_norm__": "absolute norms",
+    r"\.diff(_b)?$": "full differences",
+    r"^lora_te\d?_": "text encoder adapters",
 }
 _MAX_SHOWN = 10
 
@@ -71,11 +70,14 @@ def parse(
     parts: dict[ModuleName, dict[str, torch.Tensor]] = {}
     faults: list[str] = []
     unknown: list[str] = []
+    linears = frozenset(table.linears)
     for key, tensor in tensors.items():
         stem, role = _split(key)
         name = _find(stem, table) if role else None
         if name is None or role is None:
             unknown.append(key)
+        elif name not in linears:
+            faults.append(f"{key}: {name.native} is not a linear layer, so it cannot carry LoRA factors")
         elif role in parts.setdefault(name, {}):
             faults.append(f"{key}: a second `{role}` for {name.native}, under another style's name")
         else:
@@ -84,11 +86,13 @@ def parse(
     config_alphas = _diffusers_alphas(metadata, source)
     weights = {}
     for name, by_role in parts.items():
+        if unknown and by_role.keys() == {_ALPHA}:
+            continue  # its factors are of a kind reported above
         try:
             weights[name] = _factors(name, by_role, table.shape(name), config_alphas)
         except ValueError as error:
             faults.append(f"{name.native}: {error}")
-    if not parts:
+    if not parts and not faults:
         faults.append("no key belongs to the Anima transformer or its text conditioner")
     if faults:
         shown = faults[:_MAX_SHOWN]
@@ -120,7 +124,7 @@ def _find(stem: str, table: ModuleTable) -> ModuleName | None:
 def _describe_unknown(keys: Iterable[str]) -> list[str]:
     by_kind: dict[str, list[str]] = {}
     for key in keys:
-        kind = next((kind for part, kind in _NOT_SUPPORTED.items() if part in key), "")
+        kind = next((kind for pattern, kind in _NOT_SUPPORTED.items() if re.search(pattern, key)), "")
         by_kind.setdefault(kind, []).append(key)
     return [
         (f"{kind} is not supported by this version: " if kind else "names no known module or part: ")
@@ -145,6 +149,8 @@ def _factors(
         raise ValueError(f"factors for a {up.shape[0]}x{down.shape[1]} layer, but it is {shape[0]}x{shape[1]}")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"factors of dtypes {down.dtype} and {up.dtype}, expected floating point")
+    if not all(factor.float().isfinite().all() for factor in (down, up)):
+        raise ValueError("the factors hold values that are not finite")
     rank = down.shape[0]
     if _ALPHA in by_role:
         if by_role[_ALPHA].numel() != 1:
@@ -168,7 +174,10 @@ class _Alphas:
         if config is None or "lora_alpha" not in config:
             return float(rank)
         pattern = config.get("alpha_pattern") or {}
-        alpha = float(pattern.get(get_pattern_key(list(pattern), name.path), config["lora_alpha"]))
+        try:
+            alpha = float(pattern.get(get_pattern_key(list(pattern), name.path), config["lora_alpha"]))
+        except (TypeError, AttributeError, ValueError, re.error) as error:
+            raise ValueError(f"the metadata `{LORA_ADAPTER_METADATA_KEY}` gives it no alpha: {error}") from error
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
@@ -192,8 +201,8 @@ def serialize(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and style-specific metadata of an adapter file.
 
-    kohya keeps `.alpha`; comfy and diffusers fold alpha / rank into the up factor, computed in float32, so that a
-    reader without alphas gets the same delta.
+    kohya keeps `.alpha`, in float32 whatever the dtype; comfy and diffusers fold alpha / rank into the up factor,
+    computed in float32, so that a reader without alphas gets the same delta.
 
     Args:
         weights: factors by module.
@@ -205,7 +214,7 @@ def serialize(
         for name, factors in weights.items():
             tensors[f"{name.kohya}.lora_down.weight"] = factors.down.to(dtype)
             tensors[f"{name.kohya}.lora_up.weight"] = factors.up.to(dtype)
-            tensors[f"{name.kohya}.alpha"] = torch.tensor(factors.alpha, dtype=dtype)
+            tensors[f"{name.kohya}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
         return tensors, {}
     folded = {
         name: LoraFactors(

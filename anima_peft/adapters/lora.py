@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 
-from .naming import Components, ModuleName, ModuleTable
+from ..errors import InputError
+from .naming import TEXT_CONDITIONER, TRANSFORMER, Components, ModuleName, ModuleTable
 from .targets import ATTN_MLP, select_targets
+
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+_SUPPORTED = frozenset((*_SETTINGS, "init_lora_weights", "task_type", "base_model_name_or_path", "revision"))
+# The others that PEFT knows change the base's weights.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass
@@ -19,7 +28,7 @@ class LoraConfig(peft.LoraConfig):
     """PEFT's `LoraConfig` with Anima's targets.
 
     `target_modules` takes a preset ("attn-mlp", the default, "attn-mlp-adaln", "all-linear") or a list of patterns
-    (see `select_targets`). Everything else is PEFT's.
+    (see `select_targets`). Rank, alpha, their patterns, dropout, rsLoRA and initialisation are PEFT's.
 
     Attributes:
         train_text_conditioner: adapt the text conditioner's layers too.
@@ -61,18 +70,63 @@ def component_configs(config: peft.LoraConfig, table: ModuleTable) -> dict[str, 
     """PEFT's plain config for each component, with the targets spelt out as module paths.
 
     Raises:
-        InputError: a target pattern matches nothing.
+        InputError: a target pattern matches nothing, or a setting asks for more than two factors and a scale.
     """
+    _require_supported(config)
     targets = select_targets(
         table,
         config.target_modules if config.target_modules is not None else ATTN_MLP,
         train_text_conditioner=getattr(config, "train_text_conditioner", False),
     )
+    ranks = _resolve_pattern("rank_pattern", config.rank_pattern, targets)
+    alphas = _resolve_pattern("alpha_pattern", config.alpha_pattern, targets)
     settings = {f.name: getattr(config, f.name) for f in fields(peft.LoraConfig) if f.init}
     return {
-        component: peft.LoraConfig(**settings | {"target_modules": paths})
+        component: peft.LoraConfig(
+            **settings | {"target_modules": paths, "rank_pattern": ranks[component], "alpha_pattern": alphas[component]}
+        )
         for component, paths in _paths_by_component(targets).items()
     }
+
+
+def _resolve_pattern(
+    option: str, pattern: Mapping[str, float], targets: Iterable[ModuleName]
+) -> dict[str, dict[str, float]]:
+    """PEFT's pattern, which may name modules natively too, spelt out for each component's own modules.
+
+    Raises:
+        InputError: a key is no regular expression, or matches none of the targets.
+    """
+    resolved: dict[str, dict[str, float]] = {TRANSFORMER: {}, TEXT_CONDITIONER: {}}
+    used = set()
+    for name in targets:
+        for full in (name.path, name.native):
+            try:
+                key = get_pattern_key(list(pattern), full)
+            except re.error as error:
+                raise InputError(f"{option}: a key is not a regular expression: {error}") from error
+            if key in pattern:
+                resolved[name.component][f"^{name.path}"] = pattern[key]
+                used.add(key)
+                break
+    unused = [key for key in pattern if key not in used]
+    if unused:
+        raise InputError(f"{option}: {', '.join(map(repr, unused))} matches none of the target modules.")
+    return resolved
+
+
+def _require_supported(config: peft.LoraConfig) -> None:
+    """Refuse settings whose parameters or changed base weights no adapter file of ours would hold."""
+    plain = peft.LoraConfig()
+    faults = [
+        f"{setting.name} is not supported"
+        for setting in fields(peft.LoraConfig)
+        if setting.name not in _SUPPORTED and getattr(config, setting.name) != getattr(plain, setting.name)
+    ]
+    if config.init_lora_weights not in _INITIALISATIONS:
+        faults.append(f"init_lora_weights is {config.init_lora_weights!r}, expected one of {_INITIALISATIONS}")
+    if faults:
+        raise InputError.from_faults("The adapter's config cannot be used:", faults)
 
 
 def file_configs(weights: LoraWeights) -> dict[str, peft.LoraConfig]:
@@ -98,10 +152,14 @@ def inject(components: Components, configs: Mapping[str, peft.LoraConfig], adapt
     for component, config in configs.items():
         model = components[component]
         targets = len(config.target_modules)  # before: PEFT shortens long lists to suffixes in place
-        peft.inject_adapter_in_model(config, model, adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # a second adapter is meant
+            peft.inject_adapter_in_model(config, model, adapter_name)
         model._hf_peft_config_loaded = True  # type: ignore[assignment]  # read by diffusers' PeftAdapterMixin
-        injected = sum(1 for _ in lora_layers(model, adapter_name))
-        assert injected == targets, f"{injected} layers for {targets} targets"
+        layers = [layer for _, layer in lora_layers(model, adapter_name)]
+        assert len(layers) == targets, f"{len(layers)} layers for {targets} targets"
+        for layer in layers:
+            layer.train(model.training)  # a new dropout would act in a model that is in eval mode
 
 
 def lora_layers(model: torch.nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -116,14 +174,15 @@ def read_factors(components: Components, table: ModuleTable, adapter_name: str) 
     by_name = {}
     for component, model in components.items():
         for path, layer in lora_layers(model, adapter_name):
-            rank = layer.r[adapter_name]
-            alpha = float(layer.lora_alpha[adapter_name])
-            if layer.use_rslora.get(adapter_name, False):
-                alpha *= rank**0.5  # scale = alpha / sqrt(rank), written as alpha' / rank
-            by_name[table.by_diffusers[f"{component}.{path}"]] = LoraFactors(
-                layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach(), alpha
-            )
+            by_name[table.by_diffusers[f"{component}.{path}"]] = _factors_of(layer, adapter_name)
     return by_name
+
+
+def _factors_of(layer: LoraLayer, adapter_name: str) -> LoraFactors:
+    alpha = float(layer.lora_alpha[adapter_name])
+    if layer.use_rslora.get(adapter_name, False):
+        alpha *= layer.r[adapter_name] ** 0.5  # scale = alpha / sqrt(rank), written as alpha' / rank
+    return LoraFactors(layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach(), alpha)
 
 
 def relative_delta(components: Components, adapter_name: str) -> float:
@@ -131,11 +190,11 @@ def relative_delta(components: Components, adapter_name: str) -> float:
     delta = weight = 0.0
     for model in components.values():
         for _, layer in lora_layers(model, adapter_name):
-            down = layer.lora_A[adapter_name].weight.detach().double()
-            up = layer.lora_B[adapter_name].weight.detach().double()
+            factors = _factors_of(layer, adapter_name)
+            down, up = factors.down.double(), factors.up.double()
             # |up @ down|^2 = trace((up' up) (down down')): rank x rank instead of out x in
             gram = (up.T @ up) * (down @ down.T)
-            delta += float(gram.sum()) * (layer.lora_alpha[adapter_name] / layer.r[adapter_name]) ** 2
+            delta += float(gram.sum()) * factors.scale**2
             weight += float(layer.get_base_layer().weight.detach().float().square().sum())
     return (delta / weight) ** 0.5 if weight else 0.0
 

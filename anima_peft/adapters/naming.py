@@ -61,6 +61,15 @@ def base_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
         yield path, module
 
 
+def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict that `model` would have without adapters; deltas fused into a weight are part of it."""
+    return {
+        f"{path}.{name}": parameter.detach()
+        for path, module in base_modules(model)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
 class ModuleTable:
     """Look-up of the modules that hold a weight, by any of their names.
 

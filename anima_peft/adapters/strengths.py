@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,31 +43,51 @@ def active_adapters(components: Components) -> list[str]:
     return [name for name in adapter_names(components) if name in active]
 
 
+def activate(components: Components, names: Sequence[str]) -> None:
+    """Let exactly `names` act, without touching strengths or which parameters are trained."""
+    for _, _, layer in adapter_layers(components):
+        with _trained_as_before(layer):
+            layer.set_adapter(list(names))  # copied: PEFT keeps the list it is given, and layers must not share one
+
+
+@contextmanager
+def _trained_as_before(layer: BaseTunerLayer) -> Iterator[None]:
+    """PEFT's switches also decide which parameters are trained; inside of this they do not."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    yield
+    layer.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
 def set_adapters(
     components: Components, names: str | Sequence[str], weights: Strength | Sequence[Strength | None] | None = None
 ) -> None:
-    """Let exactly `names` act, each with its strength (default 1.0).
+    """Let exactly `names` act, each with its strength (default 1.0), also where adapters were switched off.
 
     A strength is a number, or a mapping from a place to a number: a component's name, or a block's path
     (`transformer_blocks.3` or its native name `blocks.3`; the conditioner's `llm_adapter.blocks.3`). The longest
     matching place counts; what no entry names has 1.0.
 
     Raises:
-        InputError: an unknown adapter, a place that is not in the model, a wrong number of weights, or fused adapters.
+        InputError: an unknown or doubled adapter, a place that is not in the model, a wrong number of weights, or
+            fused adapters.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = _as_list(names)
     listed: list[Any] = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
     known = adapter_names(components)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(f"no adapter named {', '.join(map(repr, unknown))}; loaded are: {', '.join(known) or 'none'}.")
+    if len(set(names)) != len(names):
+        raise InputError(f"an adapter is named twice: {', '.join(names)}; its strength would be counted twice.")
     if len(listed) != len(names):
         raise InputError(f"{len(names)} adapters but {len(listed)} strengths; give one for each, or a single one.")
     _require_unfused(components, "set_adapters")
     strengths = [_Strengths(1.0 if weight is None else weight, components) for weight in listed]
+    set_enabled(components, True)
+    activate(components, names)
     for component, path, layer in adapter_layers(components):
-        # Copied: PEFT keeps the list it is given, and layers must not share one.
-        layer.set_adapter(list(names))
         for name, strength in zip(names, strengths, strict=True):
             layer.set_scale(name, strength.at(component, path))
 
@@ -106,15 +128,22 @@ def _full_place(place: str) -> str:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"a strength must be a number, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"a strength must be a finite number, not {value!r}.")
     return float(value)
 
 
 def set_enabled(components: Components, enabled: bool) -> None:
-    """Switch all adapters off or on again without forgetting which were active."""
+    """Switch all adapters off or on again without forgetting which were active.
+
+    Raises:
+        InputError: adapters are to be switched off, but are fused.
+    """
+    if not enabled:
+        _require_unfused(components, "disable_lora")
     for _, _, layer in adapter_layers(components):
-        layer.enable_adapters(enabled)
+        with _trained_as_before(layer):
+            layer.enable_adapters(enabled)
 
 
 def delete_adapters(components: Components, names: str | Sequence[str]) -> None:
@@ -123,20 +152,25 @@ def delete_adapters(components: Components, names: str | Sequence[str]) -> None:
     Raises:
         InputError: an unknown name, or an adapter that is fused.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = _as_list(names)
     unknown = [name for name in names if name not in adapter_names(components)]
     if unknown:
         raise InputError(f"no adapter named {', '.join(map(repr, unknown))} to delete.")
     _require_unfused(components, "delete_adapters")
-    remaining = [name for name in active_adapters(components) if name not in names]
+    remove(components, names)
+
+
+def remove(components: Components, names: Sequence[str]) -> None:
+    """Take adapters off the model, as far as they are on it."""
+    # First: PEFT would otherwise choose another adapter as the active one.
+    activate(components, [name for name in active_adapters(components) if name not in names])
     for _, _, layer in adapter_layers(components):
-        layer.set_adapter(list(remaining))  # first: PEFT would otherwise choose another adapter as the active one
         for name in names:
             layer.delete_adapter(name)
     for model in components.values():
         for name in names:
             getattr(model, "peft_config", {}).pop(name, None)
-        if not getattr(model, "peft_config", {"": None}):
+        if not getattr(model, "peft_config", None):
             _unwrap(model)
 
 
@@ -148,13 +182,13 @@ def unload(components: Components) -> None:
     """
     _require_unfused(components, "unload")
     for model in components.values():
-        if getattr(model, "peft_config", None) is not None:
-            _unwrap(model)
+        _unwrap(model)
 
 
 def _unwrap(model: torch.nn.Module) -> None:
-    recurse_remove_peft_layers(model)
-    del model.peft_config
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        recurse_remove_peft_layers(model)
+    vars(model).pop("peft_config", None)
     model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
@@ -166,20 +200,29 @@ def fuse(components: Components, lora_scale: float = 1.0, names: Sequence[str] |
         names: adapters to fuse; None means the active ones.
 
     Raises:
-        InputError: no such adapter, none active, or some are fused already.
+        InputError: no such adapter, none active, or an active one is left out: it would cease to act, since a layer
+            with a fused adapter applies no other. Or some are fused already, or the sum is not finite.
     """
-    names = active_adapters(components) if names is None else list(names)
+    active = active_adapters(components)
+    names = active if names is None else list(dict.fromkeys(_as_list(names)))
     unknown = [name for name in names if name not in adapter_names(components)]
     if unknown or not names:
         raise InputError(f"no adapter to fuse: {', '.join(map(repr, unknown)) or 'none is active'}.")
-    _require_unfused(components, "fuse_lora")
-    for _, _, layer in adapter_layers(components):
-        present = [name for name in names if name in layer.scaling]
-        if present:
-            layer.scaling_before_fusing = dict(layer.scaling)
-            for name in present:
-                layer.scaling[name] *= lora_scale
-            layer.merge(safe_merge=True, adapter_names=present)
+    left_out = [name for name in active if name not in names]
+    if left_out:
+        raise InputError(f"{', '.join(left_out)} would cease to act: fuse all active adapters, or set_adapters first.")
+    require_ready(components, "fuse_lora")
+    try:
+        for _, _, layer in adapter_layers(components):
+            present = [name for name in names if name in layer.scaling]
+            if present:
+                layer.scaling_before_fusing = dict(layer.scaling)
+                for name in present:
+                    layer.scaling[name] *= lora_scale
+                layer.merge(safe_merge=True, adapter_names=present)
+    except ValueError as error:
+        _unfuse_layers(components)
+        raise InputError(f"fuse_lora: {error}") from error
 
 
 def unfuse(components: Components) -> None:
@@ -190,16 +233,34 @@ def unfuse(components: Components) -> None:
     """
     if not fused_adapters(components):
         raise InputError("unfuse_lora: no adapter is fused.")
+    _unfuse_layers(components)
+
+
+def _unfuse_layers(components: Components) -> None:
     for _, _, layer in adapter_layers(components):
         if layer.merged_adapters:
             layer.unmerge()
-            layer.scaling.update(layer.scaling_before_fusing)
-            del layer.scaling_before_fusing
+        layer.scaling.update(vars(layer).pop("scaling_before_fusing", {}))
 
 
 def fused_adapters(components: Components) -> set[str]:
     """Names of adapters whose deltas are in the base weights at the moment."""
     return {name for _, _, layer in adapter_layers(components) for name in layer.merged_adapters}
+
+
+def require_ready(components: Components, action: str) -> None:
+    """Refuse what would put an adapter on a model where it cannot act beside the others.
+
+    Raises:
+        InputError: adapters are fused or switched off.
+    """
+    _require_unfused(components, action)
+    if any(layer.disable_adapters for _, _, layer in adapter_layers(components)):
+        raise InputError(f"{action}: the adapters are switched off; call enable_lora() first.")
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _require_unfused(components: Components, action: str) -> None:

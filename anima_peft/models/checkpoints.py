@@ -112,6 +112,9 @@ def load_weights(
         checkpoint: the file's header.
         keys: the module's state-dict name -> key in the file.
         torch_dtype: dtype of the result; None keeps the file's.
+
+    Raises:
+        InputError: a tensor holds integers; to scale them back is the business of the format that made them.
     """
     tensors = {}
     with safe_open(checkpoint.path, framework="pt") as file:
@@ -119,6 +122,8 @@ def load_weights(
             # The tensor is a view of the mapped file. A copy of its own keeps the model whole when the file is
             # replaced, and lets Windows users delete it.
             stored = file.get_tensor(keys[name])
+            if not stored.is_floating_point():
+                raise InputError(f"{checkpoint.path}: `{keys[name]}` is {stored.dtype}, expected floating point.")
             tensors[name] = stored.to(torch_dtype or stored.dtype, copy=True)
     module.load_state_dict(tensors, strict=True, assign=True)
     module.requires_grad_(False).eval()

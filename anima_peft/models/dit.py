@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -79,8 +80,9 @@ def load_dit(
     require_fit(transformer, checkpoint, keys, surplus=surplus, what="the Anima DiT")
 
     conditioner = build_empty(lambda: AnimaTextConditioner(**conditioner_config))
-    conditioner_keys = {key: prefix + CONDITIONER_PREFIX + key for key in in_conditioner}
-    require_fit(conditioner, checkpoint, conditioner_keys, what="the Anima text conditioner")
+    conditioner_keys = {key: prefix + CONDITIONER_PREFIX + key for key in conditioner.state_dict()}
+    surplus = [prefix + CONDITIONER_PREFIX + key for key in in_conditioner if key not in conditioner_keys]
+    require_fit(conditioner, checkpoint, conditioner_keys, surplus=surplus, what="the Anima text conditioner")
 
     load_weights(transformer, checkpoint, keys, torch_dtype)
     load_weights(conditioner, checkpoint, conditioner_keys, torch_dtype)
@@ -131,7 +133,7 @@ def dit_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]) 
         "num_attention_heads": hidden // head_dim,
         "attention_head_dim": head_dim,
         "num_layers": _count_blocks(shapes),
-        "mlp_ratio": size("blocks.0.mlp.layer1.weight", 0) / hidden,
+        "mlp_ratio": _mlp_ratio(size("blocks.0.mlp.layer1.weight", 0), hidden),
         "text_embed_dim": size("blocks.0.cross_attn.k_proj.weight", 1),
         "adaln_lora_dim": size("blocks.0.adaln_modulation_self_attn.1.weight", 0),
     }
@@ -142,15 +144,26 @@ def conditioner_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLik
     size = _Shapes(shapes, path)
     model_dim = size("blocks.0.cross_attn.q_proj.weight", 1)
     inner_dim = size("blocks.0.cross_attn.q_proj.weight", 0)
+    head_dim = size("blocks.0.cross_attn.q_norm.weight", 0, rank=1)
+    if inner_dim % head_dim:
+        raise InputError(
+            f"{path}: the conditioner's attention size {inner_dim} and head size {head_dim} do not belong together."
+        )
     return {
         "source_dim": size("blocks.0.cross_attn.k_proj.weight", 1),
         "target_dim": size("embed.weight", 1),
         "model_dim": model_dim,
         "num_layers": _count_blocks(shapes),
-        "num_attention_heads": inner_dim // size("blocks.0.cross_attn.q_norm.weight", 0, rank=1),
-        "mlp_ratio": size("blocks.0.mlp.0.weight", 0) / model_dim,
+        "num_attention_heads": inner_dim // head_dim,
+        "mlp_ratio": _mlp_ratio(size("blocks.0.mlp.0.weight", 0), model_dim),
         "target_vocab_size": size("embed.weight", 0),
         "use_self_attention": "blocks.0.self_attn.q_proj.weight" in shapes,
         "use_layer_norm": "blocks.0.norm_mlp.bias" in shapes,
         "min_sequence_length": _MIN_SEQUENCE_LENGTH,
     }
+
+
+def _mlp_ratio(inner: int, width: int) -> float:
+    """The number that diffusers' `int(width * ratio)` turns back into `inner`, also where the quotient rounds down."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)

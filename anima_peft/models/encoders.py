@@ -105,9 +105,8 @@ def _fit_text_encoder(path: Path) -> Fitted:
         )
     config = _qwen_config(checkpoint, prefix)
     encoder = build_empty(lambda: Qwen3Model(config))
-    body = [key for key in checkpoint.shapes if "lm_head" not in key]
-    keys = {key.removeprefix(prefix): key for key in body if key.startswith(prefix)}
-    surplus = [key for key in body if not key.startswith(prefix)]
+    keys = {name: prefix + name for name in encoder.state_dict()}
+    surplus = [key for key in checkpoint.shapes.keys() - keys.values() if key != "lm_head.weight"]
     require_fit(encoder, checkpoint, keys, surplus=surplus, what="the Qwen3 text encoder")
     return encoder, checkpoint, keys
 
@@ -116,8 +115,11 @@ def _fit_vae(path: Path) -> Fitted:
     checkpoint = read_header(path)
     # Wan's names are mapped by diffusers' own table; the "weights" given to it are the names themselves.
     original = {key: key for key in checkpoint.shapes}
-    keys = convert_wan_vae_to_diffusers(original) if "conv1.weight" in checkpoint.shapes else original
-    if "encoder.conv_in.weight" not in keys or "quant_conv.weight" not in keys:
+    try:
+        keys = convert_wan_vae_to_diffusers(original) if "conv1.weight" in checkpoint.shapes else original
+    except ValueError:  # a block that has no number
+        keys = original
+    if len(checkpoint.shapes.get(keys.get("encoder.conv_in.weight", ""), ())) != 5 or "quant_conv.weight" not in keys:
         raise InputError(
             f"{path}: not the Qwen-Image VAE; it looks like {guess_content(checkpoint.shapes)}. "
             "Expected a checkpoint such as qwen_image_vae.safetensors."
@@ -130,14 +132,15 @@ def _fit_vae(path: Path) -> Fitted:
             num_res_blocks=len(resnets) - 1,
         )
     )
-    require_fit(vae, checkpoint, keys, what="the Qwen-Image VAE")
+    surplus = checkpoint.shapes.keys() - keys.values()  # two names for one weight
+    require_fit(vae, checkpoint, keys, surplus=surplus, what="the Qwen-Image VAE")
     return vae, checkpoint, keys
 
 
 def _qwen_config(checkpoint: Checkpoint, prefix: str) -> Qwen3Config:
     def size(key: str, dim: int) -> int:
         shape = checkpoint.shapes.get(prefix + key)
-        if shape is None or dim >= len(shape):
+        if shape is None or dim >= len(shape) or 0 in shape:
             raise InputError(f"{checkpoint.path}: `{prefix + key}` is missing or malformed; the file is incomplete.")
         return shape[dim]
 

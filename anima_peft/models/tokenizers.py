@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ def load_qwen_tokenizer(folder: str | Path) -> Qwen2Tokenizer:
             f"{folder}: no Qwen tokenizer. Expected `tokenizer.json`, or `vocab.json` and `merges.txt`; copy them from "
             "the hub repo Qwen/Qwen3-0.6B-Base and name their folder in `qwen_tokenizer_dir`."
         )
-    # Right padding, whatever the folder's own config says: real rows come first in every consumer.
-    return _load(Qwen2Tokenizer, folder, padding_side="right")
+    return _load(Qwen2Tokenizer, folder, "BPE")
 
 
 def load_t5_tokenizer(folder: str | Path) -> T5TokenizerFast:
@@ -38,7 +38,7 @@ def load_t5_tokenizer(folder: str | Path) -> T5TokenizerFast:
             f"{folder}: no T5 tokenizer. Expected `tokenizer.json` or `spiece.model`; copy one from the `tokenizer` "
             "folder of the hub repo nvidia/Cosmos-Predict2-2B-Text2Image and name its folder in `t5_tokenizer_dir`."
         )
-    return _load(T5TokenizerFast, folder, padding_side="right")
+    return _load(T5TokenizerFast, folder, "Unigram")
 
 
 def _existing(folder: str | Path, option: str) -> Path:
@@ -52,8 +52,24 @@ def _all_files(folder: Path, *names: str) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def _load(tokenizer_class: Any, folder: Path, **options: Any) -> Any:
+def _load(tokenizer_class: Any, folder: Path, algorithm: str) -> Any:
+    """Load, and refuse what transformers takes for a tokenizer of the class without its being one."""
+    found = _algorithm(folder)
+    if found not in (algorithm, None):
+        raise InputError(f"{folder}: a tokenizer of kind {found}, expected {algorithm}; it belongs to another model.")
     try:
-        return tokenizer_class.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        # Right padding, whatever the folder's own config says: real rows come first in every consumer.
+        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, padding_side="right")
+    except Exception as error:  # the tokenizers library raises plain ones
         raise InputError(f"{folder}: the tokenizer's files cannot be read: {error}") from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise InputError(f"{folder}: the tokenizer's vocabulary is empty; copy its files again.")
+    return tokenizer
+
+
+def _algorithm(folder: Path) -> str | None:
+    """What `tokenizer.json` calls its model ("BPE", "Unigram"); None without one, or where it does not say."""
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,157 @@
+"""What the tests of adapters share: a tiny model, random factors, and the same adapter as explicit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from anima_peft.adapters.lora import LoraFactors
+from anima_peft.adapters.naming import ModuleName, ModuleTable
+from anima_peft.models.names import native_to_diffusers
+from anima_peft.models.precision import set_qk_norm_eps
+from anima_peft.transformer import AnimaTransformerModel
+from tests.components import TEXT_WIDTH, tiny_conditioner, tiny_transformer
+
+Factors = Mapping[ModuleName, LoraFactors]
+Tensors = dict[str, torch.Tensor]
+
+TO_Q = "blocks.0.self_attn.q_proj"
+MLP = "blocks.1.mlp.layer2"
+MODULATION = "blocks.0.adaln_modulation_mlp.2"
+OUT = "final_layer.linear"
+CONDITIONER_O = "llm_adapter.blocks.1.cross_attn.o_proj"
+CONDITIONER_MLP = "llm_adapter.blocks.0.mlp.2"
+SOME_MODULES = (TO_Q, MLP, MODULATION, OUT, CONDITIONER_O, CONDITIONER_MLP)
+
+
+def tiny_model(dtype: torch.dtype = torch.float32) -> AnimaTransformerModel:
+    """DiT and conditioner with random weights, as the loaders give them."""
+    transformer = tiny_transformer()
+    set_qk_norm_eps(transformer)
+    model = AnimaTransformerModel(transformer, tiny_conditioner())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.requires_grad_(False).eval()
+
+
+def call(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Arguments of one call with text, so that both components take part."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "hidden_states": torch.randn(2, 16, 4, 6, generator=generator).to(dtype),
+        "sigma": torch.tensor([0.2, 0.9]),
+        "qwen_hidden_states": torch.randn(2, 5, TEXT_WIDTH, generator=generator).to(dtype),
+        "qwen_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
+        "t5_input_ids": torch.randint(3, 100, (2, 4), generator=generator),
+        "t5_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
+
+
+@torch.no_grad()
+def output(model: AnimaTransformerModel) -> torch.Tensor:
+    return model(**call(model.transformer.proj_out.weight.dtype))
+
+
+def base_weights(model: AnimaTransformerModel) -> Tensors:
+    """Copies of the base's weights by their names without adapters."""
+    return {
+        name.replace(".base_layer.", "."): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name
+    }
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """Equal up to `tolerance` of the largest number."""
+    difference = (found - expected).abs().max() / expected.abs().max()
+    assert difference < tolerance, float(difference)
+
+
+def assert_same_weights(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+def table(model: AnimaTransformerModel) -> ModuleTable:
+    return ModuleTable(model.components)
+
+
+def random_factors(
+    model: AnimaTransformerModel,
+    modules: tuple[str, ...] = SOME_MODULES,
+    *,
+    seed: int = 0,
+    rank: int = 2,
+    alpha: float | None = None,
+    mixed: bool = False,
+    size: float = 0.3,
+) -> dict[ModuleName, LoraFactors]:
+    """An adapter on the modules of these native names.
+
+    Args:
+        alpha: the rank if None.
+        mixed: another rank and another alpha in every module.
+        size: |up @ down| relative to the base weight's entries.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = table(model).by_native
+    factors = {}
+    for number, native in enumerate(modules):
+        name = names[native]
+        out, into = table(model).shape(name)
+        r = rank + number if mixed else rank
+        down = torch.randn(r, into, generator=generator) / into**0.5
+        up = size * torch.randn(out, r, generator=generator) / r**0.5
+        factors[name] = LoraFactors(down, up, (0.5 + number if mixed else alpha) or float(r))
+    return {name: factors[name] for name in table(model).linears if name in factors}
+
+
+def explicit(factors: Factors, strength: float = 1.0) -> AnimaTransformerModel:
+    """The tiny model with the adapter added to its weights."""
+    model = tiny_model()
+    add_explicitly(model, factors, strength)
+    return model
+
+
+@torch.no_grad()
+def add_explicitly(model: AnimaTransformerModel, factors: Factors, strength: float = 1.0) -> None:
+    for name, f in factors.items():
+        delta = f.up.double() @ f.down.double() * (f.alpha / f.down.shape[0] * strength)
+        model.components[name.component].get_submodule(name.path).weight += delta.float()
+
+
+def kohya_stem(native: str) -> str:
+    return "lora_unet_" + native.replace(".", "_")
+
+
+def diffusers_stem(native: str) -> str:
+    if native.startswith("llm_adapter."):
+        return "text_conditioner." + native.removeprefix("llm_adapter.")
+    return "transformer." + native_to_diffusers(2)[native]
+
+
+STYLES: dict[str, tuple[Any, str, str]] = {
+    # style -> (module's name in the file, down, up)
+    "kohya": (kohya_stem, "lora_down", "lora_up"),
+    "comfy": ("diffusion_model.{}".format, "lora_A", "lora_B"),
+    "comfy-hybrid": ("diffusion_model.{}".format, "lora_down", "lora_up"),
+    "original net.": ("net.{}".format, "lora_down", "lora_up"),
+    "original model.": ("model.diffusion_model.{}".format, "lora_A", "lora_B"),
+    "original bare": ("{}".format, "lora_down", "lora_up"),
+    "diffusers": (diffusers_stem, "lora_A", "lora_B"),
+}
+
+
+def as_file(factors: Factors, style: str, *, alphas: bool = True) -> Tensors:
+    """The tensors of an adapter file as others write it; without alphas they are folded into the up factor."""
+    stem, down, up = STYLES[style]
+    tensors = {}
+    for name, f in factors.items():
+        scale = 1.0 if alphas else f.alpha / f.down.shape[0]
+        tensors[f"{stem(name.native)}.{down}.weight"] = f.down.clone()
+        tensors[f"{stem(name.native)}.{up}.weight"] = f.up * scale
+        if alphas:
+            tensors[f"{stem(name.native)}.alpha"] = torch.tensor(f.alpha)
+    return tensors
