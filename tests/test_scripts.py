@@ -241,7 +241,12 @@ def test_generate_draws_and_compares(miniature: MiniatureFiles, folder: Path, tm
     rows = [f"{number:03d}-{which}.png" for number in range(1, 5) for which in ("with", "without")]
     assert names == [*rows, "grid.png"]
     assert len({(tmp_path / "drawn" / name).read_bytes() for name in rows}) == 8
-    assert main(words) == 0, "other names than with --compare, so nothing is in the way but the grid"
+    words[words.index("--output_dir") + 1] = str(tmp_path / "plain")
+    assert main(words) == 0
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == [
+        *(f"{number:03d}.png" for number in range(1, 5)),
+        "grid.png",
+    ]
 
 
 def test_generate_overwrites_nothing(
