@@ -5,6 +5,8 @@ Importing this package registers `AnimaPipeline` with diffusers, so that `Diffus
 """
 
 from ._version import __version__
+from .adapters.exchange import inject_adapter
+from .adapters.lokr import LoKrConfig
 from .adapters.lora import LoraConfig
 from .errors import InputError, TrainingError
 from .pipeline import AnimaPipeline, register_with_diffusers
@@ -16,7 +18,9 @@ __all__ = [
     "AnimaPipeline",
     "AnimaTransformerModel",
     "InputError",
+    "LoKrConfig",
     "LoraConfig",
     "TrainingError",
     "__version__",
+    "inject_adapter",
 ]

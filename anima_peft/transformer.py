@@ -24,6 +24,7 @@ from .models.dit import load_dit
 from .models.folders import load_part
 from .models.precision import set_qk_norm_eps
 from .models.sources import is_diffusers_folder, locate_model
+from .models.text import TextInputs, condition_text
 
 ensure_cosmos_without_torchvision()
 
@@ -128,12 +129,9 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         Returns:
             (B, max(512, Lt), D); rows of padding are zero and belong to the DiT's cross-attention.
         """
-        mask = qwen_attention_mask.to(qwen_hidden_states).unsqueeze(-1)
-        return self.text_conditioner(
-            source_hidden_states=qwen_hidden_states * mask,
-            target_input_ids=t5_input_ids,
-            target_attention_mask=t5_attention_mask,
-            source_attention_mask=qwen_attention_mask,
+        states = qwen_hidden_states * qwen_attention_mask.to(qwen_hidden_states).unsqueeze(-1)
+        return condition_text(
+            self.text_conditioner, TextInputs(states, qwen_attention_mask, t5_input_ids, t5_attention_mask)
         )
 
     def forward(
@@ -183,7 +181,9 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         )[0]
         return velocity.squeeze(2) if image else velocity
 
-    def add_adapter(self, config: peft.LoraConfig, adapter_name: str = "default") -> list[torch.nn.Parameter]:
+    def add_adapter(
+        self, config: peft.LoraConfig | peft.LoKrConfig, adapter_name: str = "default"
+    ) -> list[torch.nn.Parameter]:
         """Put a new adapter on the model for training; see `adapters.exchange.add_adapter`."""
         return exchange.add_adapter(self.components, config, adapter_name)
 

@@ -108,7 +108,9 @@ def check_learned(folder: Path, model_path: Path) -> None:
     table = ModuleTable(base.components)
     parts = (".lora_down.weight", ".lora_up.weight", ".alpha")
     targets = select_targets(table, "attn-mlp")
-    assert tensors.keys() == {name.kohya + part for name in targets for part in parts}
+    norms = [name for name in table.norms if name.component == "transformer"]
+    expected = {name.kohya + part for name in targets for part in parts}
+    assert tensors.keys() == expected | {f"{name.kohya}.w_norm" for name in norms}
     halfway = load_file(output / "learned-step00000100.safetensors")
     ups = [key for key in tensors if key.endswith("lora_up.weight")]
     assert all(tensors[key].norm() > 0 for key in ups), "a layer has not moved from its start at zero"
@@ -126,6 +128,8 @@ def check_learned(folder: Path, model_path: Path) -> None:
             down, up, alpha = (tensors[target.kohya + part] for part in parts)
             delta = up.double() @ down.double() * alpha.double() / len(down)
             base.components[target.component].get_submodule(target.path).weight += delta
+        for norm in norms:
+            base.components[norm.component].get_submodule(norm.path).weight += tensors[f"{norm.kohya}.w_norm"]
         torch.testing.assert_close(adapted, base(*inputs), atol=1e-5, rtol=1e-5)
     assert (adapted - before).norm() > 0.05 * before.norm()
 

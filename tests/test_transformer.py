@@ -101,6 +101,19 @@ def test_conditioning_rows_of_padding_are_zero_and_others_are_not(model: AnimaTr
 
 
 @torch.no_grad()
+def test_the_conditioner_reads_zeros_at_qwens_padding(model: AnimaTransformerModel) -> None:
+    given: list[dict[str, torch.Tensor]] = []
+    model.text_conditioner.register_forward_pre_hook(lambda _, __, kwargs: given.append(kwargs), with_kwargs=True)
+    model.encode_prompt_embeds(**text())
+    (kwargs,) = given
+    states, mask = kwargs["source_hidden_states"], text()["qwen_attention_mask"].bool()
+    assert (states[~mask] == 0).all()
+    assert torch.equal(states[mask], text()["qwen_hidden_states"][mask])
+    assert torch.equal(kwargs["source_attention_mask"], text()["qwen_attention_mask"])
+    assert torch.equal(kwargs["target_attention_mask"], text()["t5_attention_mask"])
+
+
+@torch.no_grad()
 def test_what_stands_in_padding_does_not_matter(model: AnimaTransformerModel) -> None:
     changed = text()
     changed["qwen_hidden_states"][1, 4:] = 7.0

@@ -17,8 +17,10 @@ from safetensors import safe_open
 from ..errors import InputError
 from ..files import save_tensors
 from ..models.checkpoints import read_header
+from .factors import Factors, alike, rescaled, summary
 from .formats import FORMATS, Format, parse, serialize
-from .lora import LoraFactors, component_configs, file_configs, inject, lora_layers, read_factors, write_factors
+from .injection import Plan, announce_full_matrices, inject, plan_file, plan_training
+from .layers import adapter_parameters, read_weights, write_weights
 from .metadata import describe, with_hashes
 from .naming import Components, ModuleName, ModuleTable
 from .strengths import activate, active_adapters, adapter_names, remove, require_ready
@@ -28,7 +30,7 @@ Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 
 
 def add_adapter(
-    components: Components, config: peft.LoraConfig, adapter_name: str = "default"
+    components: Components, config: peft.LoraConfig | peft.LoKrConfig, adapter_name: str = "default"
 ) -> list[torch.nn.Parameter]:
     """Put a new adapter for training on the model. Its parameters are float32 whatever the base's dtype.
 
@@ -43,10 +45,11 @@ def add_adapter(
     """
     _require_new(components, adapter_name)
     require_ready(components, "add_adapter")
-    if not isinstance(config, peft.LoraConfig):
-        raise InputError(f"config must be a LoraConfig, not {type(config).__name__}.")
-    configs = component_configs(config, ModuleTable(components))
-    _inject_beside(components, configs, adapter_name)
+    if not isinstance(config, (peft.LoraConfig, peft.LoKrConfig)):
+        raise InputError(f"config must be a LoraConfig or LoKrConfig, not {type(config).__name__}.")
+    plans = plan_training(config, ModuleTable(components))
+    announce_full_matrices(config, plans)
+    _inject_beside(components, plans, adapter_name)
     for model in components.values():
         model.requires_grad_(False)
     parameters = adapter_parameters(components, adapter_name)
@@ -56,15 +59,53 @@ def add_adapter(
     return parameters
 
 
-def adapter_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
-    """The parameters of one adapter, in the model's order."""
-    return [
-        parameter
-        for model in components.values()
-        for _, layer in lora_layers(model, adapter_name)
-        for factor in (layer.lora_A, layer.lora_B)
-        for parameter in factor[adapter_name].parameters()
-    ]
+def inject_adapter(
+    config: peft.LoraConfig | peft.LoKrConfig, module: torch.nn.Module, adapter_name: str = "default"
+) -> list[torch.nn.Parameter]:
+    """Put the same layers on any module, for people with their own loop or another model.
+
+    `target_modules` must be "all-linear" or patterns of the module's own names. Everything else in the module is
+    frozen.
+
+    Returns:
+        The adapter's parameters, float32.
+
+    Raises:
+        InputError: as `add_adapter`.
+    """
+    return add_adapter({"module": module}, config, adapter_name)
+
+
+def start_from(components: Components, source: Source, adapter_name: str = "default") -> str:
+    """Give an adapter that is about to be trained the weights of a file.
+
+    Where the file scales differently, the difference goes into the factors: the delta is the file's.
+
+    Returns:
+        What was taken from the file and what was not, in a sentence.
+
+    Raises:
+        InputError: the file cannot be read, is of another kind, rank or factor shape, or has nothing in common with
+            the adapter.
+    """
+    path = locate_adapter(source) if not isinstance(source, Mapping) else Path("the given tensors")
+    tensors, metadata = (source, {}) if isinstance(source, Mapping) else read_adapter_file(path)
+    weights = parse(tensors, metadata, ModuleTable(components), str(path))
+    present = read_adapter(components, adapter_name)
+    common = [name for name in present if name in weights]
+    unlike = [name.native for name in common if not alike(present[name], weights[name])]
+    if unlike or not common:
+        raise InputError(
+            f"{path}: cannot be started from: it holds {summary(weights)}, and the network is {summary(present)}"
+            + (f" ({len(unlike)} modules differ, such as {unlike[0]})" if unlike else "")
+            + ". Use the network options that the file was trained with."
+        )
+    write_weights(components, {name: rescaled(weights[name], present[name].scale) for name in common}, adapter_name)
+    missing, unused = len(present) - len(common), len(weights) - len(common)
+    return (
+        f"Started from {path}: took {summary({name: weights[name] for name in common})}; "
+        f"{missing} modules of the network are not in the file and start at zero, {unused} of the file are not trained."
+    )
 
 
 def load_adapter(components: Components, source: Source, adapter_name: str | None = None, **where: Any) -> str:
@@ -101,8 +142,8 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
         label = str(path)
     weights = parse(tensors, metadata, ModuleTable(components), label)
     # From here on nothing can fail for what the file says: every key and shape has been checked.
-    _inject_beside(components, file_configs(weights), adapter_name)
-    write_factors(components, weights, adapter_name)
+    _inject_beside(components, plan_file(weights), adapter_name)
+    write_weights(components, weights, adapter_name)
     for parameter in adapter_parameters(components, adapter_name):
         parameter.requires_grad_(False)
     return adapter_name
@@ -145,13 +186,13 @@ def save_adapter(
     return path
 
 
-def read_adapter(components: Components, adapter_name: str) -> dict[ModuleName, LoraFactors]:
+def read_adapter(components: Components, adapter_name: str) -> dict[ModuleName, Factors]:
     """An adapter's factors as they are on the model, whatever its strength.
 
     Raises:
         InputError: no such adapter.
     """
-    weights = read_factors(components, ModuleTable(components), adapter_name)
+    weights = read_weights(components, ModuleTable(components), adapter_name)
     if not weights:
         loaded = ", ".join(adapter_names(components)) or "none"
         raise InputError(f"no adapter named {adapter_name!r}; loaded are: {loaded}.")
@@ -223,11 +264,11 @@ def _require_new(components: Components, adapter_name: str) -> None:
         raise InputError(f"{adapter_name!r} cannot be an adapter's name: it must not be empty or contain a dot.")
 
 
-def _inject_beside(components: Components, configs: Mapping[str, peft.LoraConfig], adapter_name: str) -> None:
+def _inject_beside(components: Components, plans: Mapping[str, Plan], adapter_name: str) -> None:
     """Put a new adapter on the model, to act beside those that act already; take it off again if that fails."""
     active = active_adapters(components)
     try:
-        inject(components, configs, adapter_name)
+        inject(components, plans, adapter_name)
     except BaseException:
         remove(components, [adapter_name])
         activate(components, active)

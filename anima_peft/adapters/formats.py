@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,27 +19,20 @@ from peft.utils.other import get_pattern_key
 
 from ..errors import InputError
 from ..models.dit import PREFIXES
-from .lora import LoraFactors, LoraWeights, file_configs
+from .factors import Factors, LoKrFactors, LoraFactors, NormDelta, Weights, rescaled
+from .injection import lora_file_config
 from .naming import KOHYA_PREFIX, ModuleName, ModuleTable
+from .roles import ALPHA, build_factors, split_key
 
 Format = Literal["kohya", "comfy", "diffusers"]
 FORMATS: tuple[Format, ...] = ("kohya", "comfy", "diffusers")
 
 _COMFY_PREFIX = "diffusion_model."
-_DOWN, _UP, _ALPHA = "down", "up", "alpha"
-_SUFFIXES = {
-    ".lora_down.weight": _DOWN,
-    ".lora_up.weight": _UP,
-    ".lora_A.weight": _DOWN,
-    ".lora_B.weight": _UP,
-    ".alpha": _ALPHA,
-}
+_LYCORIS_PREFIX = "lycoris_"
 _NOT_SUPPORTED = {
-    r"\.dora_scale|lora_magnitude_vector": "DoRA",
-    r"\.lokr_": "LoKr",
+    r"\.lokr_t2$": "LoKr of convolutions",
     r"\.hada_": "LoHa",
     r"\.oft_": "OFT",
-    r"\.[wb]_norm$": "norm differences",
     r"^__anima_norm__": "absolute norms",
     r"\.diff(_b)?$": "full differences",
     r"^lora_te\d?_": "text encoder adapters",
@@ -48,12 +42,13 @@ _MAX_SHOWN = 10
 
 def parse(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], table: ModuleTable, source: str
-) -> dict[ModuleName, LoraFactors]:
+) -> dict[ModuleName, Factors]:
     """Understand every key of an adapter file.
 
-    Accepted names: kohya (`lora_unet_blocks_0_…`), native after `diffusion_model.`, `net.`, `model.diffusion_model.`
-    or nothing, and diffusers (`transformer.…`, `text_conditioner.…`); factors as `lora_down` / `lora_up` or `lora_A` /
-    `lora_B`, with or without `.alpha` (missing: scale 1, unless diffusers' metadata names one).
+    Accepted names: kohya (`lora_unet_blocks_0_…`), LyCORIS (`lycoris_…`), native after `diffusion_model.`, `net.`,
+    `model.diffusion_model.` or nothing, and diffusers (`transformer.…`, `text_conditioner.…`). LoRA as `lora_down` /
+    `lora_up` or `lora_A` / `lora_B`, DoRA's magnitudes, LoKr in every shape of its factors, and norms' deltas; with or
+    without `.alpha` (missing: scale 1, unless diffusers' metadata names one).
 
     Args:
         tensors: key -> tensor.
@@ -70,14 +65,14 @@ def parse(
     parts: dict[ModuleName, dict[str, torch.Tensor]] = {}
     faults: list[str] = []
     unknown: list[str] = []
-    linears = frozenset(table.linears)
+    adaptable = frozenset((*table.linears, *table.norms))
     for key, tensor in tensors.items():
-        stem, role = _split(key)
+        stem, role = split_key(key)
         name = _find(stem, table) if role else None
         if name is None or role is None:
             unknown.append(key)
-        elif name not in linears:
-            faults.append(f"{key}: {name.native} is not a linear layer, so it cannot carry LoRA factors")
+        elif name not in adaptable:
+            faults.append(f"{key}: {name.native} is neither a linear layer nor a norm, so it cannot be adapted")
         elif role in parts.setdefault(name, {}):
             faults.append(f"{key}: a second `{role}` for {name.native}, under another style's name")
         else:
@@ -86,31 +81,34 @@ def parse(
     config_alphas = _diffusers_alphas(metadata, source)
     weights = {}
     for name, by_role in parts.items():
-        if unknown and by_role.keys() == {_ALPHA}:
+        if unknown and by_role.keys() == {ALPHA}:
             continue  # its factors are of a kind reported above
         try:
-            weights[name] = _factors(name, by_role, table.shape(name), config_alphas)
+            weights[name] = build_factors(by_role, table.shape(name), partial(config_alphas.alpha, name))
         except ValueError as error:
             faults.append(f"{name.native}: {error}")
     if not parts and not faults:
         faults.append("no key belongs to the Anima transformer or its text conditioner")
+    faults += _mixed_dora(weights)
     if faults:
         shown = faults[:_MAX_SHOWN]
         if len(faults) > _MAX_SHOWN:
             shown.append(f"… and {len(faults) - _MAX_SHOWN} more")
         raise InputError.from_faults(f"{source}: not loaded, nothing was changed:", shown)
-    return {name: weights[name] for name in table.linears if name in weights}
+    return {name: weights[name] for name in (*table.linears, *table.norms) if name in weights}
 
 
-def _split(key: str) -> tuple[str, str | None]:
-    """A key's module part and the role of its tensor, or None for a role this version does not know."""
-    for suffix, role in _SUFFIXES.items():
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), role
-    return key, None
+def _mixed_dora(weights: Weights) -> list[str]:
+    lora = [factors for factors in weights.values() if isinstance(factors, LoraFactors)]
+    with_magnitude = sum(factors.magnitude is not None for factors in lora)
+    if with_magnitude in (0, len(lora)):
+        return []
+    return [f"{with_magnitude} of {len(lora)} LoRA modules are DoRA; expected all or none"]
 
 
 def _find(stem: str, table: ModuleTable) -> ModuleName | None:
+    if stem.startswith(_LYCORIS_PREFIX):
+        stem = KOHYA_PREFIX + stem.removeprefix(_LYCORIS_PREFIX)
     if stem.startswith(KOHYA_PREFIX):
         return table.by_kohya.get(stem)
     if stem in table.by_diffusers:
@@ -132,35 +130,6 @@ def _describe_unknown(keys: Iterable[str]) -> list[str]:
         + (f" … and {len(found) - 4} more keys" if len(found) > 4 else "")
         for kind, found in by_kind.items()
     ]
-
-
-def _factors(
-    name: ModuleName, by_role: Mapping[str, torch.Tensor], shape: tuple[int, ...], config_alphas: _Alphas
-) -> LoraFactors:
-    missing = [role for role in (_DOWN, _UP) if role not in by_role]
-    if missing:
-        raise ValueError(f"the `{missing[0]}` factor is missing")
-    down, up = by_role[_DOWN], by_role[_UP]
-    if down.ndim == 4 and up.ndim == 4 and down.shape[2:] == up.shape[2:] == (1, 1):
-        down, up = down.flatten(1), up.flatten(1)  # some writers store linears as 1x1 convolutions
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
-        raise ValueError(f"factors of shapes {list(down.shape)} and {list(up.shape)} do not multiply")
-    if (up.shape[0], down.shape[1]) != shape:
-        raise ValueError(f"factors for a {up.shape[0]}x{down.shape[1]} layer, but it is {shape[0]}x{shape[1]}")
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise ValueError(f"factors of dtypes {down.dtype} and {up.dtype}, expected floating point")
-    if not all(factor.float().isfinite().all() for factor in (down, up)):
-        raise ValueError("the factors hold values that are not finite")
-    rank = down.shape[0]
-    if _ALPHA in by_role:
-        if by_role[_ALPHA].numel() != 1:
-            raise ValueError(f"alpha has shape {list(by_role[_ALPHA].shape)}, expected one number")
-        alpha = float(by_role[_ALPHA].float())
-    else:
-        alpha = config_alphas.alpha(name, rank)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}, expected a finite number")
-    return LoraFactors(down, up, alpha)
 
 
 class _Alphas:
@@ -196,45 +165,66 @@ def _diffusers_alphas(metadata: Mapping[str, str], source: str) -> _Alphas:
     return _Alphas(configs)
 
 
-def serialize(
-    weights: LoraWeights, style: Format, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def serialize(weights: Weights, style: Format, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and style-specific metadata of an adapter file.
 
-    kohya keeps `.alpha`, in float32 whatever the dtype; comfy and diffusers fold alpha / rank into the up factor,
-    computed in float32, so that a reader without alphas gets the same delta.
+    kohya keeps `.alpha`, in float32 whatever the dtype; comfy and diffusers fold the scale into one factor, computed
+    in float32, so that a reader without alphas gets the same delta.
 
     Args:
         weights: factors by module.
         style: one of `FORMATS`.
         dtype: dtype of the factors written.
     """
-    if style == "kohya":
-        tensors = {}
-        for name, factors in weights.items():
-            tensors[f"{name.kohya}.lora_down.weight"] = factors.down.to(dtype)
-            tensors[f"{name.kohya}.lora_up.weight"] = factors.up.to(dtype)
-            tensors[f"{name.kohya}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
-        return tensors, {}
-    folded = {
-        name: LoraFactors(
-            factors.down.to(dtype), (factors.up.float() * factors.scale).to(dtype), alpha=float(factors.rank)
-        )
-        for name, factors in weights.items()
-    }
-    tensors = {}
-    for name, factors in folded.items():
-        stem = _COMFY_PREFIX + name.native if style == "comfy" else name.diffusers
-        tensors[f"{stem}.lora_A.weight"] = factors.down
-        tensors[f"{stem}.lora_B.weight"] = factors.up
-    return tensors, ({} if style == "comfy" else _diffusers_metadata(folded))
+    if style != "kohya":
+        weights = {name: rescaled(factors, 1.0) for name, factors in weights.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, factors in weights.items():
+        for part, tensor in _parts(factors, style).items():
+            tensors[f"{_stem(name, style)}.{part}"] = tensor.to(dtype)
+        if style == "kohya" and not isinstance(factors, NormDelta):
+            alpha = factors.written_alpha if isinstance(factors, LoKrFactors) else factors.alpha
+            tensors[f"{_stem(name, style)}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return tensors, _diffusers_metadata(weights) if style == "diffusers" else {}
 
 
-def _diffusers_metadata(weights: LoraWeights) -> dict[str, str]:
-    """The PEFT config of each component, packed as `LoraBaseMixin._save_lora_weights` packs it."""
+def _stem(name: ModuleName, style: Format) -> str:
+    return {"kohya": name.kohya, "comfy": _COMFY_PREFIX + name.native, "diffusers": name.diffusers}[style]
+
+
+def _parts(factors: Factors, style: Format) -> dict[str, torch.Tensor]:
+    """A module's tensors by the ends of their keys."""
+    if isinstance(factors, NormDelta):
+        return {"w_norm": factors.weight} | ({} if factors.bias is None else {"b_norm": factors.bias})
+    if isinstance(factors, LoKrFactors):
+        lokr: dict[str, torch.Tensor] = {}
+        for name, factor in (("lokr_w1", factors.w1), ("lokr_w2", factors.w2)):
+            if isinstance(factor, torch.Tensor):
+                lokr[name] = factor
+            else:
+                lokr[f"{name}_a"], lokr[f"{name}_b"] = factor
+        return lokr
+    down, up = ("lora_down", "lora_up") if style == "kohya" else ("lora_A", "lora_B")
+    parts = {f"{down}.weight": factors.down, f"{up}.weight": factors.up}
+    if factors.magnitude is not None and style == "diffusers":
+        parts["lora_magnitude_vector"] = factors.magnitude
+    elif factors.magnitude is not None:
+        parts["dora_scale"] = factors.magnitude[:, None]
+    return parts
+
+
+def _diffusers_metadata(weights: Weights) -> dict[str, str]:
+    """The LoRA config of each component, packed as `LoraBaseMixin._save_lora_weights` packs it.
+
+    LoKr has none: diffusers reads its factors' sizes from the tensors, and takes a config's word over them.
+    """
+    by_component: dict[str, dict[str, LoraFactors]] = {}
+    for name, factors in weights.items():
+        if isinstance(factors, LoraFactors):
+            by_component.setdefault(name.component, {})[name.path] = factors
     packed = {
         f"{component}.{option}": sorted(value) if isinstance(value, set) else value
-        for component, config in file_configs(weights).items()
-        for option, value in config.to_dict().items()
+        for component, lora in by_component.items()
+        for option, value in lora_file_config(lora).to_dict().items()
     }
-    return {LORA_ADAPTER_METADATA_KEY: json.dumps(packed, indent=2, sort_keys=True)}
+    return {LORA_ADAPTER_METADATA_KEY: json.dumps(packed, indent=2, sort_keys=True)} if packed else {}

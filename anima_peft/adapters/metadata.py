@@ -10,29 +10,34 @@ import torch
 from safetensors.torch import save
 
 from .._version import __version__
-from .lora import LoraWeights
+from .factors import LoKrFactors, NormDelta, Weights
 
 _LEGACY_OFFSET, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
-def describe(weights: LoraWeights) -> dict[str, str]:
+def describe(weights: Weights) -> dict[str, str]:
     """The metadata that follows from the weights alone: network, rank and alpha, what kind of model spec.
 
-    Ranks or alphas that differ between modules are written as "Dynamic", as sd-scripts' resize tool does.
+    Ranks or alphas that differ between modules are written as "Dynamic", as sd-scripts' resize tool does. LoKr's are
+    those it was configured with, 100000 and more for full matrices.
     """
-    ranks = {factors.rank for factors in weights.values()}
-    alphas = {factors.alpha for factors in weights.values()}
-    return {
-        "ss_network_module": "networks.lora_anima",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    linears = [factors for factors in weights.values() if not isinstance(factors, NormDelta)]
+    dims = {factors.dim if isinstance(factors, LoKrFactors) else factors.rank for factors in linears}
+    alphas = {factors.alpha for factors in linears}
+    kind = "lokr" if any(isinstance(factors, LoKrFactors) for factors in linears) else "lora"
+    text = {
+        "ss_network_module": f"networks.{kind}_anima",
         "ss_base_model_version": "anima",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "anima/lora",
+        "modelspec.architecture": f"anima/{kind}",
         "modelspec.implementation": f"https://github.com/huggingface/diffusers (anima_peft {__version__})",
         "modelspec.prediction_type": "flow",
         "modelspec.date": datetime.now(UTC).replace(microsecond=0, tzinfo=None).isoformat(),
     }
+    if linears:
+        text["ss_network_dim"] = str(dims.pop()) if len(dims) == 1 else "Dynamic"
+        text["ss_network_alpha"] = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
+    return text
 
 
 def with_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

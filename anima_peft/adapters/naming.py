@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..models.names import CONDITIONER_PREFIX, native_to_diffusers
+from .norms import is_affine_norm
 
 TRANSFORMER = "transformer"
 TEXT_CONDITIONER = "text_conditioner"
@@ -79,7 +80,7 @@ class ModuleTable:
 
     def __init__(self, components: Components):
         self._linears: list[ModuleName] = []
-        self._others: list[ModuleName] = []
+        self._norms: list[ModuleName] = []
         self._shapes: dict[ModuleName, tuple[int, ...]] = {}
         for component, model in components.items():
             natives = _native_names(component, model)
@@ -87,13 +88,21 @@ class ModuleTable:
                 weight = getattr(module, "weight", None)
                 if path in natives and isinstance(weight, torch.Tensor):
                     name = ModuleName(component, path, natives[path])
-                    (self._linears if isinstance(module, torch.nn.Linear) else self._others).append(name)
                     self._shapes[name] = tuple(weight.shape)
+                    if isinstance(module, torch.nn.Linear):
+                        self._linears.append(name)
+                    elif is_affine_norm(module):
+                        self._norms.append(name)
 
     @property
     def linears(self) -> tuple[ModuleName, ...]:
         """All linear layers, in the model's order."""
         return tuple(self._linears)
+
+    @property
+    def norms(self) -> tuple[ModuleName, ...]:
+        """All norms with a weight, in the model's order."""
+        return tuple(self._norms)
 
     def shape(self, name: ModuleName) -> tuple[int, ...]:
         """Shape of the module's weight; (out, in) for linears."""
@@ -113,9 +122,10 @@ class ModuleTable:
 
 
 def _native_names(component: str, model: torch.nn.Module) -> dict[str, str]:
-    """Path in the diffusers component -> native name."""
+    """Path in the component -> native name; a model that is not Anima's has no other names than its paths."""
     if component == TRANSFORMER:
         blocks = model.get_submodule("transformer_blocks")
         assert isinstance(blocks, torch.nn.ModuleList)
         return {ours: native for native, ours in native_to_diffusers(len(blocks)).items()}
-    return {path: CONDITIONER_PREFIX + path for path, _ in base_modules(model)}
+    prefix = CONDITIONER_PREFIX if component == TEXT_CONDITIONER else ""
+    return {path: prefix + path for path, _ in base_modules(model)}

@@ -42,8 +42,8 @@ def select_targets(
         InputError: a pattern is no regular expression, or matches no layer.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    components = (TRANSFORMER, TEXT_CONDITIONER) if train_text_conditioner else (TRANSFORMER,)
-    candidates = [name for name in table.linears if name.component in components]
+    candidates = [name for name in table.linears if train_text_conditioner or name.component != TEXT_CONDITIONER]
+    components = list(dict.fromkeys(name.component for name in candidates)) or [TRANSFORMER]
     chosen: set[ModuleName] = set()
     faults = []
     for pattern in patterns:

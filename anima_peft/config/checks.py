@@ -47,6 +47,12 @@ def check_targets(targets: tuple[str, ...]) -> None:
             raise InputError(f'expected a preset or a pattern, got {shown(target)}; did you mean "{preset}"?')
 
 
+def check_factor(factor: int) -> None:
+    """A Kronecker factor is positive, or -1 for the most balanced pair."""
+    if factor < 1 and factor != -1:
+        raise InputError(f"expected a positive integer or -1, got {factor}")
+
+
 def check_betas(betas: tuple[float, float]) -> None:
     """Raises InputError where a beta is outside [0, 1)."""
     if not all(0 <= beta < 1 for beta in betas):

@@ -20,7 +20,7 @@ _OTHER_MODELS = "remove it; it is for other models"
 
 # names separated by spaces, and the advice they share
 _TRAIN_GROUPS = (
-    ("network_weights dim_from_weights base_weights base_weights_multiplier scale_weight_norms train_norm", _REMOVE),
+    ("dim_from_weights base_weights base_weights_multiplier scale_weight_norms", _REMOVE),
     ("llm_adapter_path", "remove it; the text conditioner is read from anima_transformer"),
     ("unet_lr self_attn_lr cross_attn_lr mlp_lr mod_lr llm_adapter_lr", _ONE_RATE),
     ("text_encoder_lr network_train_text_encoder_only", _FROZEN),
@@ -78,11 +78,10 @@ _CAPTION_GROUPS = (
 )
 
 _NETWORK_GROUPS = (
-    ("train_norm rank_dropout module_dropout verbose", _REMOVE),
+    ("verbose", _REMOVE),
     ("include_patterns exclude_patterns train_block_indices", "list the layers in target_modules"),
     ("network_reg_dims conv_dim conv_alpha", "remove it and set network_dim"),
     ("network_reg_lrs loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", _ONE_RATE),
-    ("lokr_factor factor lokr_full_matrix lokr_decompose_both lokr_rank_dropout lokr_module_dropout", _REMOVE),
     ("algo preset use_tucker use_scalar", _REMOVE),
 )
 

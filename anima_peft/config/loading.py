@@ -48,7 +48,10 @@ _TRAIN_ARGS = Schema(
     },
 )
 _ARGUMENTS = {
-    name: Schema((o for o in OPTIONS.values() if o.rules.inside == name), foreign.ARGUMENTS[name]) for name in _LISTS
+    name: Schema(
+        (o for o in OPTIONS.values() if name in (o.rules.inside, o.rules.also_inside)), foreign.ARGUMENTS[name]
+    )
+    for name in _LISTS
 }
 # what only the older one-file layout has
 _ROOT_STYLE_KEYS = (
@@ -113,7 +116,7 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     config_file = _path(flags.get("config_file"))
     train_args = {} if config_file is None else _train_args(config_file, faults)
     found = {**(train_args or {}), **flags}
-    found.update(_arguments(found, faults))
+    _merge(found, _arguments(found, faults), faults)
 
     dataset_config = _path(found.get("dataset_config"))
     if train_args is not None:  # what an unreadable file would have given is not missing
@@ -198,6 +201,20 @@ def _arguments(found: Mapping[str, Found], faults: Faults) -> dict[str, Found]:
                 faults.add(f"{listed.path}[{index}]", f'expected "key=value", got {shown(text)}')
         result.update(schema.read(givens, faults))
     return result
+
+
+def _merge(found: dict[str, Found], arguments: Mapping[str, Found], faults: Faults) -> None:
+    """Add options from `key=value` lists to those with a key of their own; of two sources the command line wins."""
+    for name, argument in arguments.items():
+        own = found.get(name)
+        if own is None or own.value == argument.value or argument.path.startswith("--") > own.path.startswith("--"):
+            found[name] = argument
+        elif argument.path.startswith("--") == own.path.startswith("--"):
+            faults.add(
+                argument.path,
+                f"{shown(argument.value)} differs from {own.path} = {shown(own.value)}, "
+                "and both set the same option; keep one of them",
+            )
 
 
 def _datasets(

@@ -69,6 +69,7 @@ class Rules:
         ignore_case: compare choices without regard to case.
         minimum, above, maximum, below: bounds of a number; `above` and `below` exclude the bound itself.
         inside: the `key=value` list that this option is written in, e.g. "network_args".
+        also_inside: a `key=value` list in which an option with a key of its own may stand as well.
         only_with: conditions on other options without which this one has no effect.
         check: called with the value; raises InputError where it is not wanted.
         convert: called with the value, or with each text of a list; returns what is kept, or raises InputError.
@@ -86,6 +87,7 @@ class Rules:
     maximum: float | None = None
     below: float | None = None
     inside: str | None = None
+    also_inside: str | None = None
     only_with: tuple[Needs, ...] = ()
     check: Callable[[Any], None] | None = None
     convert: Callable[[Any], object] | None = None

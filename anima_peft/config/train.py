@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .checks import (
     check_betas,
     check_cached,
+    check_factor,
     check_file_name,
     check_targets,
     check_warmup,
@@ -22,6 +23,10 @@ ARGUMENT_LISTS = {
     "optimizer_args": "Further options of the optimizer, each written key=value.",
 }
 
+LORA, LOKR = "networks.lora_anima", "networks.lokr_anima"
+
+_LORA = (Needs("network_module", values=(LORA,)),)
+_LOKR = (Needs("network_module", values=(LOKR,)),)
 _WITH_METADATA = (Needs("no_metadata", unless=(True,)),)
 _WITH_LOGS = (Needs("log_with", unless=("none",)),)
 
@@ -60,17 +65,24 @@ class ModelOptions:
 class NetworkOptions:
     """Adapter to train."""
 
-    network_module: str = option(
-        choices=("networks.lora_anima",),
-        refused={"networks.lokr_anima": 'is not supported in this version; use "networks.lora_anima"'},
-        help="Kind of adapter.",
+    network_module: str = option(choices=(LORA, LOKR), help="Kind of adapter.")
+    network_dim: int = option(
+        4, minimum=1, help="Rank of the adapter. For LoKr, 100000 and above make both factors full matrices."
     )
-    network_dim: int = option(4, minimum=1, help="Rank of the adapter.")
     network_alpha: float = option(
-        1.0, minimum=0, help="The adapter is scaled by network_alpha / network_dim; 0 stands for network_dim."
+        1.0,
+        minimum=0,
+        help="The adapter is scaled by network_alpha / network_dim; 0 stands for network_dim. "
+        "LoKr with full factors is not scaled.",
     )
     network_dropout: float = option(
-        0.0, minimum=0, below=1, help="Share of the adapter's inputs that is dropped in each step."
+        0.0, minimum=0, below=1, only_with=_LORA, help="Share of the adapter's inputs that is dropped in each step."
+    )
+    network_weights: str | None = option(
+        None, is_path=True, help="Adapter file to start from: weights only, not optimizer or schedule (see resume)."
+    )
+    train_norm: bool = option(
+        True, also_inside="network_args", help="Train the affine norms of what is adapted, as deltas in the adapter."
     )
     target_modules: tuple[str, ...] = option(
         ("attn-mlp",),
@@ -79,6 +91,46 @@ class NetworkOptions:
         help='Layers to adapt: "attn-mlp", "attn-mlp-adaln", "all-linear", or patterns of module names.',
     )
     train_llm_adapter: bool = option(False, inside="network_args", help="Also adapt the text conditioner.")
+    use_dora: bool = option(
+        False, inside="network_args", only_with=_LORA, help="Train DoRA: the weights' magnitudes apart from the rest."
+    )
+    lokr_factor: int = option(
+        8,
+        inside="network_args",
+        aliases=("factor",),
+        check=check_factor,
+        only_with=_LOKR,
+        help="Size of LoKr's smaller factor where it divides the layer's width; -1 takes the most balanced pair.",
+    )
+    lokr_full_matrix: bool = option(
+        False, inside="network_args", only_with=_LOKR, help="Both of LoKr's factors are full matrices."
+    )
+    lokr_decompose_both: bool = option(
+        False, inside="network_args", only_with=_LOKR, help="Low rank for LoKr's smaller factor too."
+    )
+    lokr_rank_dropout: float = option(
+        0.0,
+        inside="network_args",
+        aliases=("rank_dropout",),
+        minimum=0,
+        below=1,
+        only_with=_LOKR,
+        help="Share of LoKr's output rows that is dropped in each step.",
+    )
+    lokr_module_dropout: float = option(
+        0.0,
+        inside="network_args",
+        aliases=("module_dropout",),
+        minimum=0,
+        below=1,
+        only_with=_LOKR,
+        help="Chance for each layer's LoKr to be dropped in a step.",
+    )
+
+    @property
+    def is_lokr(self) -> bool:
+        """Whether a LoKr is trained, and not a LoRA."""
+        return self.network_module == LOKR
 
 
 @dataclass(frozen=True, kw_only=True)

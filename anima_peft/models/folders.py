@@ -11,7 +11,7 @@ import torch
 from diffusers.models import AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from transformers import (  # type: ignore[attr-defined]  # T5TokenizerFast is an alias made at run time
     Qwen2Tokenizer,
     Qwen3Config,
@@ -115,6 +115,9 @@ def load_part(folder: Path, part: str, torch_dtype: torch.dtype | None = None) -
     model = PARTS[part].from_pretrained(
         str(folder), torch_dtype=torch_dtype or torch.float32, use_safetensors=True, local_files_only=True
     )
+    for parameter in model.parameters():
+        # Unless the dtype changed it is a view of the mapped file: what is written there would change the model.
+        parameter.data = parameter.data.clone()
     return model.requires_grad_(False).eval()
 
 
@@ -133,7 +136,7 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
     stock = PARTS[part]
     kind = config.get("model_type" if stock is Qwen3Model else "_class_name")
     expected_kind = Qwen3Config.model_type if stock is Qwen3Model else stock.__name__
-    if kind not in (None, expected_kind):
+    if kind != expected_kind:
         raise InputError(f"{folder}: the config is that of a `{kind}`. Expected `{expected_kind}`.")
 
     files = sorted(folder.glob("*.safetensors"))
@@ -149,9 +152,12 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
     if stock is Qwen3Model:
         # A causal language model's folder serves as well: `model.` in front, and a head that is not needed.
         stored = {key.removeprefix("model."): shape for key, shape in stored.items() if key != "lm_head.weight"}
-        model = build_empty(lambda: Qwen3Model(Qwen3Config.from_dict(config)))
-    else:
-        model = build_empty(lambda: stock.from_config(config))
+    try:
+        model = build_empty(
+            lambda: Qwen3Model(Qwen3Config.from_dict(config)) if stock is Qwen3Model else stock.from_config(config)
+        )
+    except (TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
+        raise InputError(f"{folder}: config.json does not describe a `{expected_kind}` ({error}).") from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     misshapen = [
         f"{key} is {list(stored[key])}, expected {list(shape)}"

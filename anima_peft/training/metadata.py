@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..adapters.lokr import FULL_MATRIX_SENTINEL
 from ..data.pictures import Picture
 from ..models.sources import ModelSources
 from .encoding import ModelHashes
@@ -85,10 +86,22 @@ def _run(train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, prog
 
 
 def _options(train: TrainOptions) -> Mapping[str, object]:
+    network = train.network
     network_args = {
-        "target_modules": ",".join(train.network.target_modules),
-        "train_llm_adapter": str(train.network.train_llm_adapter),
+        "target_modules": ",".join(network.target_modules),
+        "train_llm_adapter": str(network.train_llm_adapter),
+        "train_norm": str(network.train_norm),
     }
+    if network.is_lokr:
+        network_args |= {
+            "factor": str(network.lokr_factor),
+            "full_matrix": str(network.lokr_full_matrix or network.network_dim >= FULL_MATRIX_SENTINEL),
+            "decompose_both": str(network.lokr_decompose_both),
+            "rank_dropout": str(network.lokr_rank_dropout),
+            "module_dropout": str(network.lokr_module_dropout),
+        }
+    else:
+        network_args["use_dora"] = str(network.use_dora)
     return {
         "ss_learning_rate": train.optimizer.learning_rate,
         "ss_unet_lr": train.optimizer.learning_rate,

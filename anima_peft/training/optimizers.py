@@ -15,15 +15,21 @@ def build_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    undecayed: Iterable[torch.nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """torch's fused AdamW (Loshchilov & Hutter 2019): one kernel for all parameters, state in their dtype.
 
     Args:
         parameters: float32 leaves on their final device.
+        undecayed: those of them that get no weight decay.
     """
-    return torch.optim.AdamW(
-        list(parameters), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-    )
+    apart = {id(parameter) for parameter in undecayed}
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if id(p) not in apart], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in apart], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
 def warmup_steps(setting: int | float, total_steps: int) -> int:

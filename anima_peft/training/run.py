@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ..adapters.lora import LoraConfig, relative_delta
+from ..adapters.exchange import start_from
+from ..adapters.layers import norm_parameters, relative_delta
+from ..adapters.lokr import LoKrConfig
+from ..adapters.lora import LoraConfig
 from ..adapters.strengths import adapter_layers
 from ..data.cache import FileIndex, cache_folder
 from ..data.dataset import BucketBatchSampler, CachedDataset, collate
@@ -180,14 +183,31 @@ def _sources(options: TrainOptions) -> ModelSources:
 def add_network(model: AnimaTransformerModel, options: TrainOptions) -> list[torch.nn.Parameter]:
     """Put the adapter that the options describe on the model; returns its parameters, all float32."""
     network = options.network
-    config = LoraConfig(
-        r=network.network_dim,
-        lora_alpha=network.network_alpha,
-        lora_dropout=network.network_dropout,
-        target_modules=list(network.target_modules),
-        train_text_conditioner=network.train_llm_adapter,
-    )
-    return model.add_adapter(config, ADAPTER_NAME)
+    shared: dict[str, Any] = {
+        "r": network.network_dim,
+        "target_modules": list(network.target_modules),
+        "train_norm": network.train_norm,
+        "train_text_conditioner": network.train_llm_adapter,
+    }
+    config: LoraConfig | LoKrConfig
+    if network.is_lokr:
+        config = LoKrConfig(
+            alpha=network.network_alpha,
+            decompose_factor=network.lokr_factor,
+            full_matrix=network.lokr_full_matrix,
+            decompose_both=network.lokr_decompose_both,
+            rank_dropout=network.lokr_rank_dropout,
+            module_dropout=network.lokr_module_dropout,
+            **shared,
+        )
+    else:
+        config = LoraConfig(
+            lora_alpha=network.network_alpha, lora_dropout=network.network_dropout, use_dora=network.use_dora, **shared
+        )
+    parameters = model.add_adapter(config, ADAPTER_NAME)
+    if network.network_weights is not None:
+        logger.warning(start_from(model.components, network.network_weights, ADAPTER_NAME))
+    return parameters
 
 
 def _cached_dataset(
@@ -274,6 +294,7 @@ def _prepare_parts(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        undecayed=norm_parameters(model.components, ADAPTER_NAME),
     )
     scheduler = build_scheduler(
         optimizer,

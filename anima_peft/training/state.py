@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..adapters import exchange
+from ..adapters.factors import Weights, alike, summary
 from ..adapters.formats import parse
-from ..adapters.lora import write_factors
+from ..adapters.layers import write_weights
 from ..adapters.naming import ModuleTable
 from ..errors import InputError
 from ..files import write_atomically
@@ -57,28 +59,25 @@ def register(accelerator: Accelerator, model: AnimaTransformerModel, progress: P
         file = Path(folder) / ADAPTER_FILE
         tensors, metadata = exchange.read_adapter_file(file)
         weights = parse(tensors, metadata, table, str(file))
-        _require_same_network(model, weights, table, file)
-        write_factors(model.components, weights, ADAPTER_NAME)
+        _require_same_network(model, weights, file)
+        write_weights(model.components, weights, ADAPTER_NAME)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def _require_same_network(model: AnimaTransformerModel, weights: Any, table: ModuleTable, file: Path) -> None:
+def _require_same_network(model: AnimaTransformerModel, weights: Weights, file: Path) -> None:
     present = exchange.read_adapter(model.components, ADAPTER_NAME)
-    same = present.keys() == weights.keys() and all(
-        (present[name].rank, present[name].alpha) == (weights[name].rank, weights[name].alpha) for name in present
+    if present.keys() == weights.keys() and all(
+        # Files keep alpha in float32.
+        alike(present[name], weights[name]) and math.isclose(present[name].scale, weights[name].scale, rel_tol=1e-6)
+        for name in present
+    ):
+        return
+    raise InputError(
+        f"resume: {file.parent} was made with another network: {summary(weights)}, but this run has "
+        f"{summary(present)}. Resume with the network options that the run was started with."
     )
-    if not same:
-        raise InputError(
-            f"resume: {file.parent} was made with another network: {len(weights)} modules of rank "
-            f"{_ranks(weights)}, but this run has {len(present)} of rank {_ranks(present)} (or another alpha). "
-            "Resume with the network options the run was started with."
-        )
-
-
-def _ranks(weights: Any) -> str:
-    return ", ".join(map(str, sorted({factors.rank for factors in weights.values()}))) or "none"
 
 
 def read_progress(folder: Path) -> Progress:

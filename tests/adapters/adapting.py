@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from anima_peft.adapters.lora import LoraFactors
+from anima_peft.adapters.factors import LoKrFactors, LoraFactors, NormDelta
 from anima_peft.adapters.naming import ModuleName, ModuleTable
 from anima_peft.models.names import native_to_diffusers
 from anima_peft.models.precision import set_qk_norm_eps
@@ -118,8 +118,20 @@ def explicit(factors: Factors, strength: float = 1.0) -> AnimaTransformerModel:
 @torch.no_grad()
 def add_explicitly(model: AnimaTransformerModel, factors: Factors, strength: float = 1.0) -> None:
     for name, f in factors.items():
-        delta = f.up.double() @ f.down.double() * (f.alpha / f.down.shape[0] * strength)
-        model.components[name.component].get_submodule(name.path).weight += delta.float()
+        module = model.components[name.component].get_submodule(name.path)
+        if isinstance(f, NormDelta):
+            module.weight += strength * f.weight.float()
+        else:
+            module.weight += (strength * dense(f)).to(module.weight.dtype)
+
+
+def dense(f: LoraFactors | LoKrFactors) -> torch.Tensor:
+    """The delta in float64, written out as in the papers."""
+    if isinstance(f, LoraFactors):
+        return f.up.double() @ f.down.double() * (f.alpha / f.down.shape[0])
+    w1, w2 = (x.double() if isinstance(x, torch.Tensor) else x[0].double() @ x[1].double() for x in (f.w1, f.w2))
+    low_rank = [x[0].shape[1] for x in (f.w2, f.w1) if isinstance(x, tuple)]
+    return torch.kron(w1, w2) * (f.alpha / low_rank[0] if low_rank else 1.0)
 
 
 def kohya_stem(native: str) -> str:

@@ -300,8 +300,9 @@ def test_the_given_tensors_stay_the_givers(model: AnimaTransformerModel) -> None
 
 
 def test_loaded_factors_are_not_the_files(model: AnimaTransformerModel, tmp_path: Path) -> None:
-    path = tmp_path / "adapter.safetensors"
-    save_file(as_file(random_factors(model), "kohya"), path)
+    path, tensors = tmp_path / "adapter.safetensors", as_file(random_factors(model), "kohya")
+    save_file(tensors, path)
+    read, _ = exchange.read_adapter_file(path)
     model.load_lora_adapter(path)
     before = output(model)
     with path.open("r+b") as file:  # in place: a mapping of the file would see it
@@ -309,6 +310,7 @@ def test_loaded_factors_are_not_the_files(model: AnimaTransformerModel, tmp_path
         file.seek(0)
         file.write(b"\0" * size)
     assert torch.equal(output(model), before)
+    assert_same_weights(read, tensors)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
+from anima_peft.adapters.factors import LoraFactors
 from anima_peft.adapters.formats import FORMATS, Format, parse, serialize
-from anima_peft.adapters.lora import LoraFactors
 from anima_peft.adapters.naming import ModuleName, ModuleTable
 from anima_peft.errors import InputError
 from tests.adapters.adapting import (
@@ -273,10 +273,10 @@ FAULTS: dict[str, tuple[Change, list[str]]] = {
     ),
     "integers": (
         lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}),
-        [f"{TO_Q}: factors of dtypes torch.int8", "floating point"],
+        [f"{TO_Q}: `down` has dtype torch.int8", "floating point"],
     ),
-    "NaN in a factor": (lambda t: t[DOWN].view(-1)[3:4].fill_(float("nan")), [f"{TO_Q}: the factors hold values"]),
-    "infinity in a factor": (lambda t: t[UP].view(-1)[3:4].fill_(float("inf")), [f"{TO_Q}: the factors hold values"]),
+    "NaN in a factor": (lambda t: t[DOWN].view(-1)[3:4].fill_(float("nan")), [f"{TO_Q}: `down` holds values"]),
+    "infinity in a factor": (lambda t: t[UP].view(-1)[3:4].fill_(float("inf")), [f"{TO_Q}: `up` holds values"]),
     "NaN alpha": (lambda t: t.update({ALPHA: torch.tensor(float("nan"))}), [f"{TO_Q}: alpha is nan"]),
     "infinite alpha": (
         lambda t: t.update({ALPHA: torch.tensor(1e9).half()}),
@@ -287,7 +287,7 @@ FAULTS: dict[str, tuple[Change, list[str]]] = {
         lambda t: t.update(
             {f"lora_unet_blocks_0_self_attn_q_norm.{p}.weight": torch.zeros(2, 32) for p in ("lora_down", "lora_up")}
         ),
-        ["lora_unet_blocks_0_self_attn_q_norm.lora_down.weight: blocks.0.self_attn.q_norm is not a linear layer"],
+        ["blocks.0.self_attn.q_norm: it is a norm, which can carry `w_norm` and `b_norm` only"],
     ),
     "factors on an embedding": (
         lambda t: t.update(
@@ -296,7 +296,7 @@ FAULTS: dict[str, tuple[Change, list[str]]] = {
                 "lora_unet_llm_adapter_embed.lora_up.weight": torch.zeros(128, 2),
             }
         ),
-        ["llm_adapter.embed is not a linear layer"],
+        ["llm_adapter.embed is neither a linear layer nor a norm"],
     ),
     "more than ten faults": (
         lambda t: t.update(
@@ -320,16 +320,8 @@ def test_a_file_is_refused_by_what_is_not_understood(modules: ModuleTable, chang
 
 
 FOREIGN: dict[str, tuple[str, list[str]]] = {
-    "DoRA (kohya)": ("DoRA", [f"{STEM}.dora_scale"]),
-    "DoRA (PEFT)": ("DoRA", [f"{diffusers_stem(TO_Q)}.lora_magnitude_vector"]),
-    "LoKr": ("LoKr", [f"{STEM}.lokr_w1", f"{STEM}.lokr_w2"]),
-    "LoKr, low-rank": (
-        "LoKr",
-        [f"lycoris_blocks_0_self_attn_q_proj.{p}" for p in ("lokr_w1", "lokr_w2_a", "lokr_w2_b")],
-    ),
     "LoHa": ("LoHa", [f"{STEM}.hada_w1_a", f"{STEM}.hada_w1_b", f"{STEM}.hada_w2_a", f"{STEM}.hada_w2_b"]),
     "OFT": ("OFT", [f"{STEM}.oft_blocks"]),
-    "norm differences": ("norm differences", ["lora_unet_blocks_0_self_attn_q_norm.w_norm", f"net.{TO_Q}.b_norm"]),
     "absolute norms": ("absolute norms", ["__anima_norm__.blocks.0.self_attn.q_norm.weight"]),
     "full differences": ("full differences", [f"model.diffusion_model.{TO_Q}.diff", f"diffusion_model.{TO_Q}.diff_b"]),
     "text encoder adapters": ("text encoder adapters", ["lora_te_layers_0_self_attn_q_proj.lora_down.weight"]),

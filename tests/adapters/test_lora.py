@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from anima_peft.adapters.exchange import read_adapter
-from anima_peft.adapters.lora import LoraConfig, relative_delta
+from anima_peft.adapters.layers import relative_delta
+from anima_peft.adapters.lora import LoraConfig
 from anima_peft.errors import InputError
 from anima_peft.transformer import AnimaTransformerModel
 from tests.adapters.adapting import (
@@ -205,7 +206,6 @@ def test_the_config_is_not_changed_and_serves_again() -> None:
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["proj_out"],
@@ -230,8 +230,8 @@ def test_settings_that_no_adapter_file_would_hold_are_refused(setting: str, valu
     ("options", "message"),
     [
         pytest.param({"config": LoraConfig(r=2, target_modules=["nothing"])}, "matches no linear layer", id="targets"),
-        pytest.param({"config": peft.LoKrConfig(r=2)}, "must be a LoraConfig, not LoKrConfig", id="another method"),
-        pytest.param({"config": {"r": 2}}, "must be a LoraConfig, not dict", id="no config"),
+        pytest.param({"config": peft.LoHaConfig(r=2)}, "LoraConfig or LoKrConfig, not LoHaConfig", id="another method"),
+        pytest.param({"config": {"r": 2}}, "must be a LoraConfig or LoKrConfig, not dict", id="no config"),
         pytest.param({"adapter_name": ""}, "cannot be an adapter's name", id="no name"),
         pytest.param({"adapter_name": "a.b"}, "cannot be an adapter's name", id="a name with a dot"),
         pytest.param(

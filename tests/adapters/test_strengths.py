@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from anima_peft.adapters import strengths
-from anima_peft.adapters.lora import LoraConfig, LoraFactors
+from anima_peft.adapters.factors import LoraFactors
+from anima_peft.adapters.lora import LoraConfig
 from anima_peft.errors import InputError
 from anima_peft.transformer import AnimaTransformerModel
 from tests.adapters.adapting import (

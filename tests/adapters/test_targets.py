@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from anima_peft.adapters.lora import LoraConfig, lora_layers
+from anima_peft.adapters.layers import adapter_layers_of
+from anima_peft.adapters.lora import LoraConfig
 from anima_peft.adapters.naming import ModuleTable
 from anima_peft.adapters.targets import PRESETS, select_targets
 from anima_peft.errors import InputError
@@ -108,6 +109,6 @@ def test_peft_puts_its_layers_on_exactly_the_targets_at_full_size(preset: str) -
     model = AnimaTransformerModel(full_size_transformer(), full_size_conditioner())
     expected = select_targets(ModuleTable(model.components), preset, train_text_conditioner=True)
     model.add_adapter(LoraConfig(r=1, target_modules=preset, train_text_conditioner=True))
-    found = {(c, path) for c, part in model.components.items() for path, _ in lora_layers(part, "default")}
+    found = {(c, path) for c, part in model.components.items() for path, _ in adapter_layers_of(part, "default")}
     assert found == {(name.component, name.path) for name in expected}
     assert {parameter.device for parameter in model.parameters()} == {torch.device("meta")}

@@ -11,6 +11,7 @@ from anima_peft.config import load
 from anima_peft.errors import InputError
 
 LONG = "a" * 201
+LOKR = "networks.lokr_anima"
 
 # train args, and the one fault that they have
 TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
@@ -50,8 +51,17 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         'did you mean "sigmoid"?',
     ),
     ({"timestep_sampling": "sigma"}, 'timestep_sampling: "sigma" is not supported in this version; use "uniform"'),
-    ({"network_module": "networks.lokr_anima"}, 'network_module: "networks.lokr_anima" is not supported in this'),
-    ({"network_module": "networks.lora"}, 'expected "networks.lora_anima", got "networks.lora"; did you mean'),
+    ({"network_module": "networks.lora"}, 'expected one of "networks.lora_anima", "networks.lokr_anima", got'),
+    ({"network_args": ["use_dora=true"], "network_module": LOKR}, "network_args.use_dora: has no effect with"),
+    ({"network_args": ["lokr_factor=4"]}, "network_args.lokr_factor: has no effect with network_module ="),
+    ({"network_args": ["lokr_full_matrix=true"]}, "network_args.lokr_full_matrix: has no effect with"),
+    ({"network_args": ["lokr_factor=0"], "network_module": LOKR}, "expected a positive integer or -1, got 0"),
+    ({"network_args": ["rank_dropout=1"], "network_module": LOKR}, "network_args.rank_dropout: expected a number"),
+    ({"network_dropout": 0.1, "network_module": LOKR}, "network_dropout: has no effect with network_module ="),
+    (
+        {"train_norm": True, "network_args": ["train_norm=false"]},
+        "network_args.train_norm: false differs from train_norm = true, and both set the same option",
+    ),
     ({"optimizer_type": "AdamW8bit"}, 'optimizer_type: expected "AdamW", got "AdamW8bit"'),
     ({"lr_scheduler": "piecewise_constant"}, 'lr_scheduler: "piecewise_constant" needs step rules'),
     ({"mixed_precision": "fp8"}, 'mixed_precision: expected one of "no", "fp16", "bf16", got "fp8"'),
@@ -99,7 +109,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"network_args": ["target_modules=attn_mlp"]}, "network_args.target_modules: expected a preset or a pattern, got"),
     ({"network_args": ["target_modules=a,,b"]}, 'network_args.target_modules[1]: expected a text, got ""'),
     ({"network_args": ["train_llm_adapter=yes"]}, 'network_args.train_llm_adapter: expected true or false, got "yes"'),
-    ({"network_args": ["train_norm=true"]}, "network_args.train_norm: not supported in this version: remove it"),
+    ({"network_args": ["conv_dim=4"]}, "network_args.conv_dim: not supported in this version: remove it"),
     (
         {"network_args": ["target_modules=a", "target_modules=b"]},
         '["b"] differs from network_args.target_modules = ["a',
@@ -117,7 +127,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"compare_prompts": ["a --w 8"]}, "compare_prompts[0]: --w: expected an integer of at least 16, got 8"),
     # options of other trainers
     ({"shuffle_caption": True}, "shuffle_caption: not supported in this version: remove it; captions are used as they"),
-    ({"network_weights": "x.safetensors"}, "network_weights: not supported in this version: remove it"),
+    ({"base_weights": ["x.safetensors"]}, "base_weights: not supported in this version: remove it"),
     ({"weighting_scheme": "cosmap"}, "weighting_scheme: not supported in this version: remove it; the loss is"),
     (
         {"save_model_as": "ckpt"},

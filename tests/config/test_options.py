@@ -27,6 +27,8 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "network_dim": (16, ["16"], 16),
     "network_alpha": (2, ["2"], 2.0),
     "network_dropout": (0.5, ["0.5"], 0.5),
+    "network_weights": ("start.safetensors", ["start.safetensors"], "start.safetensors"),
+    "train_norm": (True, [], True),
     "timestep_sampling": ("flux_shift", ["flux_shift"], "flux_shift"),
     "sigmoid_scale": (1.3, ["1.3"], 1.3),
     "discrete_flow_shift": (3, ["3"], 3.0),
@@ -81,12 +83,24 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
 INSIDE_CASES: dict[str, tuple[str, str, Any]] = {
     "target_modules": ("network_args", "attn-mlp-adaln", ["attn-mlp-adaln"]),
     "train_llm_adapter": ("network_args", "True", True),
+    "use_dora": ("network_args", "true", True),
+    "lokr_factor": ("network_args", "-1", -1),
+    "lokr_full_matrix": ("network_args", "True", True),
+    "lokr_decompose_both": ("network_args", "True", True),
+    "lokr_rank_dropout": ("network_args", "0.1", 0.1),
+    "lokr_module_dropout": ("network_args", "0.2", 0.2),
     "betas": ("optimizer_args", "(0.9, 0.99)", [0.9, 0.99]),
     "weight_decay": ("optimizer_args", "0", 0.0),
     "eps": ("optimizer_args", "1e-6", 1e-6),
 }
 # what an option needs beside it to have an effect
+LOKR = {"network_module": "networks.lokr_anima"}
 BESIDE: dict[str, dict[str, Any]] = {
+    "lokr_factor": LOKR,
+    "lokr_full_matrix": LOKR,
+    "lokr_decompose_both": LOKR,
+    "lokr_rank_dropout": LOKR,
+    "lokr_module_dropout": LOKR,
     "discrete_flow_shift": {"timestep_sampling": "shift"},
     "lr_warmup_steps": {"lr_scheduler": "constant_with_warmup"},
     "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
@@ -147,8 +161,27 @@ def test_option_from_the_command_line(load_with, name: str) -> None:
 @pytest.mark.parametrize("name", INSIDE_CASES)
 def test_argument_from_toml_and_command_line(load_with, name: str) -> None:
     listed, text, kept = INSIDE_CASES[name]
-    assert load_with({listed: [f"{name}={text}"]}).values[name] == kept
-    assert load_with(argv=(f"--{listed}", f"{name} = {text}")).values[name] == kept
+    beside = BESIDE.get(name, {})
+    assert load_with({**beside, listed: [f"{name}={text}"]}).values[name] == kept
+    assert load_with(beside, argv=(f"--{listed}", f"{name} = {text}")).values[name] == kept
+
+
+@pytest.mark.parametrize(
+    ("flat", "listed", "argv", "kept"),
+    [
+        (None, None, (), True),
+        (False, None, (), False),
+        (None, "false", (), False),
+        (False, "false", (), False),
+        (True, None, ("--no-train_norm",), False),
+        (None, "true", ("--no-train_norm",), False),
+        (False, None, ("--network_args", "train_norm=true"), True),
+    ],
+)
+def test_train_norm_may_stand_in_two_places(load_with, flat, listed, argv, kept) -> None:
+    values = {} if flat is None else {"train_norm": flat}
+    values |= {} if listed is None else {"network_args": [f"train_norm={listed}"]}
+    assert load_with(values, argv=argv).values["train_norm"] is kept
 
 
 @pytest.mark.parametrize("name", [o.name for o in OPTIONS.values() if o.kind.name == "SWITCH" and not o.rules.inside])
@@ -290,11 +323,11 @@ def test_empty_text_leaves_an_optional_option_unset(load_with) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"shuffle_caption": False, "keep_tokens": 0, "caption_dropout_rate": 0.0, "network_weights": ""},
+        {"shuffle_caption": False, "keep_tokens": 0, "caption_dropout_rate": 0.0, "base_weights": []},
         {"weighting_scheme": "none", "loss_type": "l2", "max_timestep": 1000, "prior_loss_weight": 1},
         {"save_model_as": "safetensors", "network_train_unet_only": True, "text_encoder_lr": [0, 0.0]},
-        {"anima_noise_offset": 0.0, "train_norm": False, "anima_attention_backend": "torch"},
-        {"network_args": ["rank_dropout=0", "train_norm=False"]},
+        {"anima_noise_offset": 0.0, "anima_attention_backend": "torch"},
+        {"network_args": ["rank_dropout=0", "conv_dim=0"]},
     ],
 )
 def test_foreign_options_that_ask_for_nothing_are_taken(load_with, given: dict[str, Any]) -> None:
@@ -302,9 +335,7 @@ def test_foreign_options_that_ask_for_nothing_are_taken(load_with, given: dict[s
 
 
 def test_foreign_flags_that_ask_for_nothing_are_taken(load_with) -> None:
-    load_with(
-        argv=("--keep_tokens", "0", "--no-train_norm", "--text_encoder_lr", "0", "0", "--network_train_unet_only")
-    )
+    load_with(argv=("--keep_tokens", "0", "--text_encoder_lr", "0", "0", "--network_train_unet_only"))
 
 
 def test_no_foreign_option_is_also_ours() -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks that run and print tables: `python -m benchmarks NAME`. Figures are ratios within one run."""
