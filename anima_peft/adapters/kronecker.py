@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from .factors import Factor
+
 
 def factorize(dimension: int, factor: int = -1) -> tuple[int, int]:
     """Split a width into two factors, the smaller one first.
@@ -34,43 +36,38 @@ def factorize(dimension: int, factor: int = -1) -> tuple[int, int]:
     return small, dimension // small
 
 
-def kron_linear(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    """x @ kron(w1, w2)' as two small products.
+def kron_linear(x: torch.Tensor, w1: torch.Tensor, w2: Factor, add_to: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ kron(w1, w2)' as small products.
 
     The order is the one whose intermediate result is smaller, and with it both its cost and what the backward pass
-    has to keep: (a, d) a row when w1 goes first, (c, b) when w2 does. Only shapes decide, so a compiler sees no branch.
+    has to keep: (a, d) a row when w1 goes first, (c, b) when w2 does. A low-rank w2 = A B is taken as a chain,
+    kron(w1, A B) = kron(1, A) kron(w1, B). Only shapes decide, so a compiler sees no branch.
 
     Args:
-        x: (..., c*d), of the factors' dtype or under autocast.
+        x: (..., c*d), of the factors' dtype.
         w1: (a, c).
-        w2: (b, d).
+        w2: (b, d), or a pair (b, rank), (rank, d).
+        add_to: (..., a*b), contiguous and of the same dtype; the product is added to it in place, which saves writing
+            and reading it once more.
 
     Returns:
-        (..., a*b).
+        (..., a*b); `add_to` if it was given.
     """
-    (a, c), (b, d) = w1.shape, w2.shape
-    cut = x.reshape(-1, c, d)
-    mixing = w1.expand(len(cut), a, c)  # torch.matmul would fold the batch into w1 and copy for it
-    if a * d <= c * b:
-        result = torch.nn.functional.linear(torch.bmm(mixing, cut), w2)
-    else:
-        result = torch.bmm(mixing, torch.nn.functional.linear(cut, w2))
-    return result.reshape(*x.shape[:-1], a * b)
-
-
-def kron_chain(x: torch.Tensor, w1: torch.Tensor, w2_a: torch.Tensor, w2_b: torch.Tensor) -> torch.Tensor:
-    """x @ kron(w1, w2_a @ w2_b)' as a chain through the rank; kron(w1, A B) = kron(1, A) kron(w1, B).
-
-    Args:
-        x: (..., c*d).
-        w1: (a, c).
-        w2_a: (b, rank).
-        w2_b: (rank, d).
-
-    Returns:
-        (..., a*b).
-    """
-    (a, c), (b, _), (_, d) = w1.shape, w2_a.shape, w2_b.shape
-    narrow = torch.nn.functional.linear(x.reshape(-1, c, d), w2_b)
-    mixed = torch.bmm(w1.expand(len(narrow), a, c), narrow)
-    return torch.nn.functional.linear(mixed, w2_a).reshape(*x.shape[:-1], a * b)
+    (a, c), rows = w1.shape, x.shape[:-1]
+    last, before = (w2, None) if isinstance(w2, torch.Tensor) else w2
+    b = last.shape[0]
+    cut = x.reshape(-1, c, x.shape[-1] // c)
+    if before is not None:
+        cut = torch.nn.functional.linear(cut, before)  # (N, c, rank): narrow, so everything after it is cheap
+    mixing = w1.expand(len(cut), a, c)  # torch.matmul would fold the rows into w1 and copy for it
+    if before is not None or a * last.shape[1] <= c * b:
+        mixed = torch.bmm(mixing, cut)
+        if add_to is None:
+            return torch.nn.functional.linear(mixed, last).reshape(*rows, a * b)
+        add_to.view(-1, b).addmm_(mixed.view(-1, last.shape[1]), last.T)
+        return add_to
+    widened = torch.nn.functional.linear(cut, last)
+    if add_to is None:
+        return torch.bmm(mixing, widened).reshape(*rows, a * b)
+    add_to.view(-1, a, b).baddbmm_(mixing, widened)
+    return add_to

@@ -14,8 +14,8 @@ import peft
 import torch
 from peft.tuners.lokr.layer import Linear as PeftLoKrLinear
 
-from .factors import Factor, LoKrFactors, LoKrShape, detached
-from .kronecker import factorize, kron_chain, kron_linear
+from .factors import Factor, LoKrFactors, LoKrShape, detached, product
+from .kronecker import factorize, kron_linear
 from .targets import ATTN_MLP
 
 FULL_MATRIX_SENTINEL = 100_000
@@ -128,20 +128,21 @@ class LoKrLinear(PeftLoKrLinear):
         result = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             if name in self.scaling:
-                result = result + self._delta_activations(name, x).to(result.dtype)
+                result = self._add_delta(name, x, result)
         return result
 
-    def _delta_activations(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """x @ delta', (..., out), in the dtype of x."""
+    def _add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """result + x @ delta', (..., out), computed in the dtype of x."""
         w1, w2 = self._factor("lokr_w1", adapter_name), self._factor("lokr_w2", adapter_name)
-        if isinstance(w1, tuple):
-            w1 = w1[0] @ w1[1]
-        w1 = (w1 * self.scaling[adapter_name]).to(x.dtype)  # the smallest of the factors carries the scale
-        if isinstance(w2, tuple):
-            activations = kron_chain(x, w1, w2[0].to(x.dtype), w2[1].to(x.dtype))
-        else:
-            activations = kron_linear(x, w1, w2.to(x.dtype))
-        return self._dropped(adapter_name, activations) if self.training else activations
+        w1 = (product(w1) * self.scaling[adapter_name]).to(x.dtype)  # the smallest of the factors carries the scale
+        w2 = w2.to(x.dtype) if isinstance(w2, torch.Tensor) else (w2[0].to(x.dtype), w2[1].to(x.dtype))
+        drops = self.training and (self.rank_dropout[adapter_name] or self.module_dropout[adapter_name])
+        # In place only on what a plain linear has just made: other layers may return what they still need.
+        plain = type(self.base_layer) is torch.nn.Linear and result.dtype == x.dtype and result.is_contiguous()
+        if plain and not drops:
+            return kron_linear(x, w1, w2, add_to=result)
+        delta = kron_linear(x, w1, w2)
+        return result + (self._dropped(adapter_name, delta) if drops else delta).to(result.dtype)
 
     def _dropped(self, adapter_name: str, activations: torch.Tensor) -> torch.Tensor:
         """LyCORIS' two dropouts as masks: every parameter stays in the graph, as several processes need it."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lycoris.functional.general import factorization
 
-from anima_peft.adapters.kronecker import factorize, kron_chain, kron_linear
+from anima_peft.adapters.kronecker import factorize, kron_linear
 
 SHAPES = [  # a, b, c, d: square, up, down, a bigger than b, ones
     (4, 6, 4, 6),
@@ -42,21 +42,20 @@ def test_what_cannot_be_split_is_refused(dimension: int, factor: int) -> None:
         factorize(dimension, factor)
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added in place"])
+@pytest.mark.parametrize("rank", [None, 2], ids=["full", "chain"])
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3)])
 @pytest.mark.parametrize(("a", "b", "c", "d"), SHAPES)
-def test_the_factored_product_is_the_materialised_one(a: int, b: int, c: int, d: int, leading: tuple[int, ...]) -> None:
-    x, w1, w2 = random(*leading, c * d), random(a, c, seed=1), random(b, d, seed=2)
-    factored, materialised = kron_linear(x, w1, w2), x @ torch.kron(w1, w2).T
+def test_the_factored_product_is_the_materialised_one(
+    a: int, b: int, c: int, d: int, leading: tuple[int, ...], rank: int | None, added: bool
+) -> None:
+    x, w1 = random(*leading, c * d), random(a, c, seed=1)
+    parts = [random(b, d, seed=2)] if rank is None else [random(b, rank, seed=2), random(rank, d, seed=3)]
+    w2 = parts[0] if rank is None else parts[0] @ parts[1]
+    base, inputs = random(*leading, a * b, seed=4), [x, w1, *parts]
+    factored = kron_linear(x, w1, parts[0] if rank is None else tuple(parts), add_to=base * 1 if added else None)
+    materialised = x @ torch.kron(w1, w2).T + (base if added else 0)
     torch.testing.assert_close(factored, materialised, atol=1e-12, rtol=1e-12)
-    for ours, theirs in zip(gradients(factored, [x, w1, w2]), gradients(materialised, [x, w1, w2]), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize(("a", "b", "c", "d"), SHAPES)
-def test_the_chain_is_the_materialised_one(a: int, b: int, c: int, d: int) -> None:
-    parts = [random(5, c * d), random(a, c, seed=1), random(b, 2, seed=2), random(2, d, seed=3)]
-    x, w1, w2_a, w2_b = parts
-    chain, materialised = kron_chain(*parts), x @ torch.kron(w1, w2_a @ w2_b).T
-    torch.testing.assert_close(chain, materialised, atol=1e-12, rtol=1e-12)
-    for ours, theirs in zip(gradients(chain, parts), gradients(materialised, parts), strict=True):
+    inputs += [base] if added else []
+    for ours, theirs in zip(gradients(factored, inputs), gradients(materialised, inputs), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)

@@ -178,7 +178,7 @@ def test_resuming_goes_on_where_the_run_stopped(configure: Configure, tmp_path: 
 
 def test_resuming_another_network_is_refused(configure: Configure, tmp_path: Path) -> None:
     state = train(configure("--max_train_steps", "1", "--save_state")).adapter.with_name("test-state")
-    with pytest.raises(InputError, match=r"another network: .* rank 4.*rank 8"):
+    with pytest.raises(InputError, match=r"another network: .*LoRA of rank 4.*LoRA of rank 8"):
         train(configure("--max_train_steps", "2", "--network_dim", "8", "--resume", str(state)))
 
 
@@ -263,3 +263,70 @@ def test_only_the_adapter_changes(configure: Configure, miniature: MiniatureFile
     trained, base = models[0].state_dict(), real(miniature.transformer).state_dict()
     assert trained.keys() == base.keys()
     assert all(torch.equal(trained[key], base[key]) for key in base)
+
+
+LOKR = ["--network_module", "networks.lokr_anima", "--network_dim", "100000", "--network_alpha", "1"]
+
+
+@pytest.mark.parametrize("style", ["kohya", "comfy", "diffusers"])
+def test_lokr_sentinel_trains_and_loads_back(configure: Configure, miniature: MiniatureFiles, style: str) -> None:
+    result = train(configure("--max_train_steps", "6", *LOKR, "--save_format", style))
+    assert result.relative_delta > 1e-3, "alpha 1 over dimension 100000 must not scale the adapter away"
+    metadata = metadata_of(result.adapter)
+    assert metadata["ss_network_module"] == "networks.lokr_anima"
+    assert metadata["ss_network_dim"] == "100000"
+    assert metadata["ss_network_alpha"] == "1.0"
+    assert json.loads(metadata["ss_network_args"])["full_matrix"] == "True"
+    tensors = load_file(result.adapter)
+    assert sum(key.endswith(".w_norm") for key in tensors) == 9
+    assert sum(key.endswith(".lokr_w1") for key in tensors) == sum(key.endswith(".lokr_w2") for key in tensors) == 20
+    model = AnimaTransformerModel.from_pretrained(miniature.transformer)
+    inputs = (torch.randn(1, 16, 8, 8), torch.tensor([0.5]), torch.randn(1, 512, 64))
+    with torch.no_grad():
+        before = model(*inputs)
+        model.load_lora_adapter(result.adapter)
+        assert (model(*inputs) - before).norm() > 1e-3 * before.norm()
+
+
+def test_lokr_options_reach_the_layers(configure: Configure) -> None:
+    args = ["--network_args", "lokr_factor=4", "lokr_decompose_both=true", "train_norm=false"]
+    network = ["--network_module", "networks.lokr_anima", "--network_dim", "1", "--network_alpha", "1"]
+    tensors = load_file(train(configure("--max_train_steps", "1", *network, *args)).adapter)
+    assert tensors["lora_unet_blocks_0_self_attn_q_proj.lokr_w1_a"].shape == (4, 1)
+    assert tensors["lora_unet_blocks_0_self_attn_q_proj.lokr_w2_b"].shape == (1, 16)
+    assert not any(key.endswith("_norm") for key in tensors)
+
+
+@pytest.mark.parametrize("network", [[], LOKR], ids=["LoRA", "LoKr"])
+def test_a_state_resumes_every_kind_exactly(configure: Configure, tmp_path: Path, network: list[str]) -> None:
+    # An alpha that float32 cannot hold: states keep it in that precision.
+    network = [*network] if network else ["--network_alpha", "0.7"]
+    through = train(configure("--max_train_steps", "5", *network, output_dir=tmp_path / "a"))
+    half = ["--max_train_steps", "2", "--save_state_on_train_end", *network]
+    state = train(configure(*half, output_dir=tmp_path / "b")).adapter.with_name("test-state")
+    resumed = train(configure("--max_train_steps", "5", "--resume", str(state), *network, output_dir=tmp_path / "b"))
+    expected, got = load_file(through.adapter), load_file(resumed.adapter)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_network_weights_are_the_start(configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = train(configure("--max_train_steps", "4", output_dir=tmp_path / "a"))
+    caplog.clear()
+    flags = ["--max_train_steps", "1", "--learning_rate", "1e-12", "--network_weights", str(first.adapter)]
+    second = train(configure(*flags, output_dir=tmp_path / "b"))
+    assert sum("Started from" in message for message in caplog.messages) == 1
+    before, after = load_file(first.adapter), load_file(second.adapter)
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=1e-5)
+    with pytest.raises(InputError, match=r"cannot be started from"):
+        train(configure("--network_weights", str(first.adapter), "--network_dim", "3", output_dir=tmp_path / "c"))
+
+
+def test_norms_get_no_weight_decay(configure: Configure, tmp_path: Path) -> None:
+    """With a decay that wipes everything out in one step, only what is not decayed is left."""
+    flags = ["--max_train_steps", "2", "--optimizer_args", "weight_decay=200"]
+    tensors = load_file(train(configure(*flags)).adapter)
+    downs = [value for key, value in tensors.items() if key.endswith("lora_down.weight")]
+    norms = [value for key, value in tensors.items() if key.endswith("w_norm")]
+    assert max(value.abs().max() for value in downs) < 0.02
+    assert min(value.abs().max() for value in norms) > 4e-3
