@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         model.add_argument(option, metavar="PATH", help=f"{text}; a diffusers folder brings its own")
     model.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     model.add_argument("--dtype", choices=_DTYPES, help="default: bf16 on a graphics card, fp32 on the CPU")
-    model.add_argument("--offload", action="store_true", help="keep on the graphics card only the part at work")
+    model.add_argument(
+        "--offload", action="store_true", help="keep on the graphics card only the part at work, and decode in tiles"
+    )
     adapters = parser.add_argument_group("adapters")
     adapters.add_argument(
         "--adapter",
@@ -163,17 +165,26 @@ def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
         qwen_tokenizer_dir=arguments.qwen_tokenizer_dir,
         t5_tokenizer_dir=arguments.t5_tokenizer_dir,
     )
-    device = arguments.device or _best_device()
-    dtype = _DTYPES[arguments.dtype or ("fp32" if device == "cpu" else "bf16")]
+    device = _device(arguments.device)
+    if arguments.offload and device.type == "cpu":
+        raise InputError("--offload has no effect on the CPU: it frees a graphics card's memory.")
+    dtype = _DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     pipe = AnimaPipeline.from_sources(sources, torch_dtype=dtype)
-    pipe.enable_vae_tiling()
     if arguments.offload:
+        pipe.enable_vae_tiling()
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is."""
+    if name is None:
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: cannot be used here ({error}); expected cpu, cuda or mps.") from error
+    return device

@@ -70,18 +70,22 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], torch_dtype: torch.dtype | None = None
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        torch_dtype: torch.dtype | None = None,
+        **hub_options: Any,
     ) -> AnimaTransformerModel:
         """Load from a diffusers folder, a hub repo id, or a single file.
 
         Args:
             pretrained_model_name_or_path: folder or repo with `transformer/` and `text_conditioner/`.
             torch_dtype: dtype of all weights; None means float32 for a folder, as in diffusers.
+            hub_options: for a repo: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
             InputError: nothing there, or a key is missing, unexpected or misshapen.
         """
-        path = locate_model(pretrained_model_name_or_path, (TRANSFORMER, TEXT_CONDITIONER))
+        path = locate_model(pretrained_model_name_or_path, (TRANSFORMER, TEXT_CONDITIONER), **hub_options)
         if path.is_file():
             return cls.from_single_file(path, torch_dtype)
         if not is_diffusers_folder(path):

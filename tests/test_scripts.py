@@ -268,6 +268,8 @@ def test_generate_overwrites_nothing(
     [
         (["--adapter", "x.safetensors=strong"], "no number"),
         (["--compare"], "--compare has no effect"),
+        (["--device", "abacus"], "--device abacus: cannot be used here"),
+        (["--device", "cpu", "--offload"], "--offload has no effect on the CPU"),
         (["--adapter", "gone.safetensors"], "gone.safetensors"),
         (["--width", "100"], "16"),
     ],

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from .folders import PARTS, fetch_folder
@@ -39,7 +40,9 @@ def is_diffusers_folder(path: Path) -> bool:
     return (path / "transformer" / "config.json").is_file() and (path / "text_conditioner" / "config.json").is_file()
 
 
-def locate_model(path_or_repo: str | os.PathLike[str], parts: Collection[str] = tuple(PARTS)) -> Path:
+def locate_model(
+    path_or_repo: str | os.PathLike[str], parts: Collection[str] = tuple(PARTS), **hub_options: Any
+) -> Path:
     """The local file or folder for a path or a hub repo id; of a repo only what the `parts` need is downloaded.
 
     Raises:
@@ -53,7 +56,7 @@ def locate_model(path_or_repo: str | os.PathLike[str], parts: Collection[str] = 
             f"{path_or_repo}: no such file or folder. Expected a .safetensors file with DiT and `llm_adapter`, a "
             "diffusers folder, or a hub repo id such as circlestone-labs/Anima-Base-v1.0-Diffusers."
         )
-    return fetch_folder(os.fspath(path_or_repo), parts)
+    return fetch_folder(os.fspath(path_or_repo), parts, **hub_options)
 
 
 def resolve_sources(

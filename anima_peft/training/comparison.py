@@ -34,9 +34,13 @@ def draw_comparison(
     """
     model.unload_lora()
     model.disable_gradient_checkpointing()
-    pipe = AnimaPipeline.around(model, sources, encoder_dtype(dtype)).to(device)
+    pipe = AnimaPipeline.around(model, sources, encoder_dtype(dtype))
+    # Where training fits, this must fit too: one part on the card at a time, and large pictures decoded in tiles.
+    if device.type == "cuda":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    # Large pictures decode in tiles: where training fits, this must fit too.
     pipe.enable_vae_tiling()
     without = [draw(pipe, request) for request in requests]
     pipe.load_lora_weights(outputs.final, adapter_name="trained")

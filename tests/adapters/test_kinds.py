@@ -211,6 +211,24 @@ def test_gradients_are_those_of_float64(kind: str) -> None:
 
 
 @everything
+def test_several_processes_find_every_parameter_used(kind: str) -> None:
+    """DistributedDataParallel refuses the second step if a parameter had no gradient in the first."""
+    model = adapted(kind).train()
+    for layer in model.modules():
+        if hasattr(layer, "module_dropout") and "default" in layer.module_dropout:
+            layer.module_dropout["default"] = 0.9
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            parallel(**call()).square().mean().backward()
+        assert all(p.grad is not None for p in adapter_parameters(model.components, "default"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@everything
 def test_blocks_compile_in_one_graph(kind: str) -> None:
     model = adapted(kind)
     shake(model)
