@@ -41,7 +41,7 @@ def report_faults(action: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAULTY_INPUT
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:  # OSError: a full disk, a folder gone; its text names the file
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

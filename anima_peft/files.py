@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .errors import InputError
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file in the same folder, flush it to the disk, then put it in `path`'s place.
@@ -47,6 +49,20 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     """
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=dict(metadata)))
+
+
+def require_writable(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before hours of work; nothing is left there.
+
+    Raises:
+        InputError: something on the way is no folder, or writing is not allowed.
+    """
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"{option}: {folder} cannot be written to ({error}); choose another folder.") from error
 
 
 def _umask() -> int:

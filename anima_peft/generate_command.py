@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
+from .files import require_writable
 from .generation import Request, draw, labelled_grid, save_picture
 from .models.sources import resolve_sources
 from .pipeline import AnimaPipeline
@@ -95,35 +96,36 @@ def generate(argv: Sequence[str]) -> list[Path]:
     taken = [path for row in files for path in row if path.exists()]
     if taken and not arguments.overwrite:
         raise InputError(f"{taken[0]} exists already; choose another --output_dir or add --overwrite.")
+    require_writable("--output_dir", arguments.output_dir)
     pipe = _pipeline(arguments)
-    drawn: list[list[Any]] = [[] for _ in requests]
-    if arguments.compare or not adapters:
-        _draw_column(pipe, requests, drawn)
+    for number, (file, _) in enumerate(adapters):  # first: a fault in a file is found before anything is drawn
+        pipe.load_lora_weights(file, adapter_name=f"adapter_{number}")
     if adapters:
-        for number, (path, _) in enumerate(adapters):
-            pipe.load_lora_weights(path, adapter_name=f"adapter_{number}")
-        names = [f"adapter_{number}" for number in range(len(adapters))]
-        pipe.set_adapters(names, [strength for _, strength in adapters])
-        _draw_column(pipe, requests, drawn)
-    for pictures, paths in zip(drawn, files, strict=False):
-        for picture, path in zip(pictures, paths, strict=True):
-            save_picture(picture, path)
+        pipe.set_adapters([f"adapter_{n}" for n in range(len(adapters))], [strength for _, strength in adapters])
+    drawn: list[list[Any]] = []
+    for request, paths in zip(requests, files, strict=False):  # the last row of files is the grid
+        row = []
+        for path, with_adapters in zip(paths, [False, True] if arguments.compare else [True], strict=True):
+            if adapters:
+                pipe.enable_lora() if with_adapters else pipe.disable_lora()
+            row.append(draw(pipe, request))
+            save_picture(row[-1], path)
+            print(path)
+        drawn.append(row)
     labels = [f"seed {request.seed}: {request.prompt}" for request in requests]
     grid = files[-1][0]
     save_picture(labelled_grid(drawn, labels, columns), grid)
-    written = [path for row in files for path in row]
-    for path in written:
-        print(path)
-    return written
+    print(grid)
+    return [path for row in files for path in row]
 
 
-def _adapter(text: str) -> tuple[Path, float]:
-    """File and strength of `FILE[=STRENGTH]`; a name that contains `=` and exists is a name."""
+def _adapter(text: str) -> tuple[str, float]:
+    """File or hub repo and strength of `FILE[=STRENGTH]`; a name that contains `=` and exists is a name."""
     path, equals, strength = text.rpartition("=")
     if not equals or Path(text).exists():
-        return Path(text), 1.0
+        return text, 1.0
     try:
-        return Path(path), float(strength)
+        return path, float(strength)
     except ValueError:
         raise InputError(f"--adapter {text}: expected FILE or FILE=STRENGTH, and {strength!r} is no number.") from None
 
@@ -150,11 +152,6 @@ def _files(folder: Path, requests: int, columns: Sequence[str]) -> list[list[Pat
     names = [f"-{column.split()[0]}" for column in columns] if len(columns) > 1 else [""]
     rows = [[folder / f"{number:03d}{name}.png" for name in names] for number in range(1, requests + 1)]
     return [*rows, [folder / "grid.png"]]
-
-
-def _draw_column(pipe: AnimaPipeline, requests: Sequence[Request], drawn: list[list[Any]]) -> None:
-    for request, row in zip(requests, drawn, strict=True):
-        row.append(draw(pipe, request))
 
 
 def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:

@@ -32,7 +32,7 @@ from .adapters.pipeline_mixin import AnimaAdapterMixin
 from .errors import InputError
 from .models.compat import ensure_cosmos_without_torchvision
 from .models.latents import decode_latents, encode_latents
-from .models.precision import set_qk_norm_eps
+from .models.precision import enable_fp32_residual, set_qk_norm_eps
 from .models.text import TextInputs, condition_text, encode_text, find_cut_prompts
 from .pipeline_inputs import (
     ModelSizes,
@@ -60,7 +60,8 @@ class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
         tokenizer: Qwen3's tokenizer.
         t5_tokenizer: T5's tokenizer; there is no T5 model.
         text_conditioner: maps Qwen3's states and T5's ids to the DiT's conditioning.
-        transformer: the DiT. Its query and key norms are set to the original model's eps of 1e-6, in place.
+        transformer: the DiT. Its query and key norms are set to the original model's eps of 1e-6, in place;
+            in float16 its residual stream is kept in float32.
         vae: the Qwen-Image VAE.
         scheduler: flow matching, `shift=3.0` in the published model.
 
@@ -100,6 +101,8 @@ class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
         )
         if transformer is not None:
             set_qk_norm_eps(transformer)
+            if transformer.dtype is torch.float16:
+                enable_fp32_residual(transformer)
         self.vae_scale_factor = 8 if vae is None else vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
         self._guidance_scale = 4.0

@@ -13,6 +13,7 @@ from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from .errors import InputError
 from .models.encoders import check_encoders, load_text_encoder, load_vae
 from .models.folders import PARTS, check_folder, fetch_folder, stock_index
+from .models.precision import encoder_dtype
 from .models.sources import ModelSources, resolve_sources
 from .models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from .transformer import AnimaTransformerModel
@@ -43,6 +44,8 @@ class AnimaPipelineLoader(DiffusionPipeline):
             raise InputError("use_safetensors=False was given. Pickled weights can run code and are not loaded.")
         if "torch_dtype" in kwargs:  # the name that everybody knows, which diffusers 0.42 began to deprecate
             kwargs["dtype"] = kwargs.pop("torch_dtype")
+        if kwargs.get("dtype") is torch.float16:
+            kwargs["dtype"] = {"default": torch.float16} | dict.fromkeys(("vae", "text_encoder"), torch.float32)
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if kwargs.get(name) is not None}
         parts = [part for part in PARTS if part not in kwargs]
         folder = fetch_folder(str(pretrained_model_name_or_path), parts, **hub_options)
@@ -105,13 +108,14 @@ class AnimaPipelineLoader(DiffusionPipeline):
             InputError: a file holds another model, or its weights do not fit.
         """
         settings = sources.transformer / "scheduler"
+        beside = encoder_dtype(torch_dtype)
         return cls(
-            text_encoder=load_text_encoder(sources.text_encoder, torch_dtype),
+            text_encoder=load_text_encoder(sources.text_encoder, beside),
             tokenizer=load_qwen_tokenizer(sources.tokenizer),
             t5_tokenizer=load_t5_tokenizer(sources.t5_tokenizer),
             text_conditioner=model.text_conditioner,
             transformer=model.transformer,
-            vae=load_vae(sources.vae, torch_dtype),
+            vae=load_vae(sources.vae, beside),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(str(settings), local_files_only=True)
             if settings.is_dir()
             else FlowMatchEulerDiscreteScheduler(shift=_SHIFT),

@@ -253,6 +253,31 @@ def test_generate_draws_and_compares(miniature: MiniatureFiles, folder: Path, tm
     ]
 
 
+def test_generate_finds_faults_in_adapters_before_it_draws(
+    miniature: MiniatureFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "--prompt", "x", "--width", "64", "--height", "64", "--output_dir", str(tmp_path / "drawn")]
+    words += [word for option, path in single_files(miniature).items() for word in (f"--{option}", str(path))]
+    assert main([*words, "--compare", "--adapter", str(miniature.vae)]) == FAULTY_INPUT
+    assert "not loaded, nothing was changed" in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_float16_keeps_what_overflows_in_float32(miniature: MiniatureFiles, diffusers_folder: Path) -> None:
+    sources = resolve_sources(**single_files(miniature))  # type: ignore[arg-type]
+    for pipe in (
+        anima_peft.AnimaPipeline.from_sources(sources, torch.float16),
+        anima_peft.AnimaPipeline.from_pretrained(diffusers_folder, torch_dtype=torch.float16),
+    ):
+        assert (pipe.transformer.dtype, pipe.text_conditioner.dtype) == (torch.float16, torch.float16)
+        assert (pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.float32, torch.float32)
+        seen: list[torch.dtype] = []
+        block = pipe.transformer.transformer_blocks[0]
+        block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.dtype))
+        pipe("x", width=64, height=64, num_inference_steps=1, output_type="latent")
+        assert set(seen) == {torch.float32}
+
+
 def test_generate_overwrites_nothing(
     miniature: MiniatureFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

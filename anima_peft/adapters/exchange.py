@@ -112,7 +112,7 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
     """Load an adapter from a file, a folder, a hub repo or tensors, and let it act with strength 1.0.
 
     Adapters already active stay so: nothing that was loaded is without effect until `set_adapters` says so. The
-    parameters take the base's dtype; with a float32 base nothing is rounded.
+    factors take the base's dtype, norms' deltas stay float32; with a float32 base nothing is rounded.
 
     Args:
         components: the stock models.

@@ -44,7 +44,7 @@ class LoraFactors:
 
     def delta_norm(self) -> float:
         """Frobenius norm of the delta, in float64; DoRA's rescaling is left out."""
-        down, up = self.down.double(), self.up.double()
+        down, up = self.down.cpu().double(), self.up.cpu().double()  # not every device has float64
         # |up @ down|^2 = trace((up' up) (down down')): rank x rank instead of out x in
         return math.sqrt(float(((up.T @ up) * (down @ down.T)).sum())) * abs(self.scale)
 
@@ -135,7 +135,7 @@ class NormDelta:
     def delta_norm(self) -> float:
         """Frobenius norm of both, in float64."""
         parts = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+        return math.sqrt(sum(float(part.cpu().double().square().sum()) for part in parts))
 
 
 Factors = LoraFactors | LoKrFactors | NormDelta
@@ -196,7 +196,9 @@ def detached(factor: Factor) -> Factor:
 
 
 def _double(factor: Factor) -> Factor:
-    return factor.double() if isinstance(factor, torch.Tensor) else (factor[0].double(), factor[1].double())
+    parts = (factor,) if isinstance(factor, torch.Tensor) else factor
+    exact = tuple(part.cpu().double() for part in parts)  # not every device has float64
+    return exact[0] if len(exact) == 1 else (exact[0], exact[1])
 
 
 def _size(factor: Factor) -> tuple[int, int, int | None]:

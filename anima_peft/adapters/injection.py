@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from ..errors import InputError
 from .factors import LoKrFactors, LoKrShape, LoraFactors, NormDelta, Weights
 from .layers import adapter_layers_of
-from .lokr import FULL_MATRIX_SENTINEL, LoKrLinear, plan_shape
+from .lokr import LoKrLinear, plan_shape
 from .naming import Components, ModuleName, ModuleTable
 from .norms import NormLayer
 from .targets import ATTN_MLP, select_targets
@@ -78,6 +78,10 @@ def plan_training(config: peft.LoraConfig | peft.LoKrConfig, table: ModuleTable)
         config.target_modules if config.target_modules is not None else ATTN_MLP,
         train_text_conditioner=with_conditioner,
     )
+    if any(not name.path for name in targets):
+        raise InputError(
+            "the module itself is a linear layer and cannot be replaced; wrap it in a torch.nn.Sequential."
+        )
     ranks = _resolve_pattern("rank_pattern", config.rank_pattern, targets)
     alphas = _resolve_pattern("alpha_pattern", config.alpha_pattern, targets)
     components = list(dict.fromkeys(name.component for name in targets))
@@ -238,12 +242,15 @@ def _lokr_config(config: peft.LoKrConfig, settings: Mapping[str, LoKrSettings]) 
 
 
 def announce_full_matrices(config: peft.PeftConfig, plans: Mapping[str, Plan]) -> None:
-    """Say once that the sentinel was met, and what came of it."""
-    asked = getattr(config, "full_matrix", False) or config.r >= FULL_MATRIX_SENTINEL
-    if isinstance(config, peft.LoKrConfig) and asked:
-        shapes = Counter(s.shape for plan in plans.values() for s in plan.lokr.values())
+    """Say once where LoKr's rank and alpha, or its second decomposition, come to nothing."""
+    if not isinstance(config, peft.LoKrConfig):
+        return
+    shapes = Counter(settings.shape for plan in plans.values() for settings in plan.lokr.values())
+    if all(shape.rank is None for shape in shapes):
         text = ", ".join(f"{n} x (w1 {s.a}x{s.c}, w2 {s.b}x{s.d})" for s, n in shapes.items())
         logger.warning("LoKr with full matrices (rank and alpha scale nothing): %s.", text)
+    if config.decompose_both and all(shape.rank1 is None for shape in shapes):
+        logger.warning("decompose_both changes nothing: rank %d is not below half of any smaller factor.", config.r)
 
 
 def _resolve_pattern(

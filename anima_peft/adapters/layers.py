@@ -39,16 +39,19 @@ def adapter_parameters(components: Components, adapter_name: str) -> list[torch.
     return parameters
 
 
-def norm_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
-    """Those of one adapter's parameters that are deltas of norms; weight decay has no business with them."""
-    return [
-        parameter
-        for model in components.values()
-        for _, layer in adapter_layers_of(model, adapter_name)
-        if isinstance(layer, NormLayer)
-        for parameter in layer.delta(adapter_name)
-        if parameter is not None
-    ]
+def undecayed_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
+    """Those of one adapter's parameters that weight decay has no business with.
+
+    Deltas of norms, and DoRA's magnitudes: these start at the base weights' norms, and decay would shrink the base.
+    """
+    parameters: list[torch.nn.Parameter] = []
+    for model in components.values():
+        for _, layer in adapter_layers_of(model, adapter_name):
+            if isinstance(layer, NormLayer):
+                parameters += [parameter for parameter in layer.delta(adapter_name) if parameter is not None]
+            elif isinstance(layer, LoraLayer) and layer.use_dora.get(adapter_name, False):
+                parameters.append(layer.lora_magnitude_vector[adapter_name].weight)
+    return parameters
 
 
 def read_weights(components: Components, table: ModuleTable, adapter_name: str) -> dict[ModuleName, Factors]:

@@ -106,6 +106,14 @@ def check_required(options: Iterable[Option], found: Mapping[str, Found], faults
             faults.add(prefix + option.name, f"required, but not given. {option.rules.help}")
 
 
+def check_network(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:
+    """Report LoKr's sentinel on a LoRA: as a rank it would ask for hundreds of gigabytes."""
+    dim = value_of(options["network_dim"], found)
+    if value_of(options["network_module"], found) == "networks.lora_anima" and isinstance(dim, int) and dim >= 100_000:
+        path = found["network_dim"].path
+        faults.add(path, f"{dim} stands for full matrices in LoKr; a LoRA's rank is usually 4 to 128")
+
+
 def check_model_parts(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:
     """Report the parts that a model in single files needs and that were not given."""
 

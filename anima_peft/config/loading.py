@@ -122,6 +122,7 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     if train_args is not None:  # what an unreadable file would have given is not missing
         checks.check_required((*options_of(FileOptions), *OPTIONS.values()), found, faults)
         checks.check_model_parts(OPTIONS, found, faults)
+        checks.check_network(OPTIONS, found, faults)
     checks.check_effects(OPTIONS.values(), found, faults)
 
     datasets: tuple[DatasetSpec, ...] = ()

@@ -10,6 +10,7 @@ from ..data.buckets import SIDE_MULTIPLE
 from ..errors import InputError
 from .reading import nearest, shown
 
+MAX_SIDE = 2048  # pixels: where the transformer's table of positions ends
 MAX_SEED = 2**32 - 1  # what every random generator in use takes
 
 
@@ -52,7 +53,7 @@ def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
 
 
 def _size(text: str) -> int:
-    side = _integer(SIDE_MULTIPLE)(text)
+    side = _integer(SIDE_MULTIPLE, MAX_SIDE)(text)
     return side - side % SIDE_MULTIPLE
 
 

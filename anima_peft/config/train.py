@@ -79,7 +79,10 @@ class NetworkOptions:
         0.0, minimum=0, below=1, only_with=_LORA, help="Share of the adapter's inputs that is dropped in each step."
     )
     network_weights: str | None = option(
-        None, is_path=True, help="Adapter file to start from: weights only, not optimizer or schedule (see resume)."
+        None,
+        is_path=True,
+        only_with=(Needs("resume", values=(None,)),),
+        help="Adapter file to start from: weights only, not optimizer or schedule (see resume).",
     )
     train_norm: bool = option(
         True, also_inside="network_args", help="Train the affine norms of what is adapted, as deltas in the adapter."

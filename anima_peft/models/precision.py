@@ -32,6 +32,11 @@ def set_qk_norm_eps(transformer: torch.nn.Module, eps: float = QK_NORM_EPS) -> N
         norm.eps = eps
 
 
+def encoder_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """What VAE and text encoder compute in: the DiT's dtype, but float32 beside float16, where both can overflow."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def enable_fp32_residual(transformer: Any) -> None:
     """Keep the DiT's residual stream in float32 while its layers compute in the weights' dtype.
 
@@ -41,8 +46,11 @@ def enable_fp32_residual(transformer: Any) -> None:
     `comfy/ldm/cosmos/predict2.py`.
 
     Args:
-        transformer: a `CosmosTransformer3DModel`; changed in place by forward hooks.
+        transformer: a `CosmosTransformer3DModel`; changed in place by forward hooks. Calling it again changes nothing.
     """
+    if getattr(transformer, "_fp32_residual", False):
+        return
+    transformer._fp32_residual = True
 
     def compute_dtype() -> torch.dtype:
         return transformer.proj_out.weight.dtype

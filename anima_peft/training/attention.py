@@ -23,12 +23,9 @@ def use_xformers(model: AnimaTransformerModel, device: torch.device) -> bool:
         Whether xformers is in use.
     """
     if device.type != "cuda" or not is_xformers_available():
-        reason = "there is no CUDA device" if device.type != "cuda" else "the package is not installed"
-        logger.warning(
-            "xformers = true: %s, so torch's own attention is used; the result is the same. "
-            "To have xformers: pip install anima-peft[xformers]",
-            reason,
-        )
+        missing = "the package is not installed (pip install anima-peft[xformers])"
+        reason = "it needs a CUDA device, and none is in use" if device.type != "cuda" else missing
+        logger.warning("xformers = true: %s, so torch's own attention is used; the result is the same.", reason)
         return False
     model.text_conditioner.set_attention_backend("native")
     model.transformer.set_attention_backend("xformers")

@@ -11,7 +11,6 @@ from ..generation import Request, draw, labelled_grid, save_picture
 from ..models.sources import ModelSources
 from ..pipeline import AnimaPipeline
 from ..transformer import AnimaTransformerModel
-from .encoding import encoder_dtype
 from .outputs import Outputs
 
 
@@ -34,7 +33,7 @@ def draw_comparison(
     """
     model.unload_lora()
     model.disable_gradient_checkpointing()
-    pipe = AnimaPipeline.around(model, sources, encoder_dtype(dtype))
+    pipe = AnimaPipeline.around(model, sources, dtype)
     # Where training fits, this must fit too: one part on the card at a time, and large pictures decoded in tiles.
     if device.type == "cuda":
         pipe.enable_model_cpu_offload(device=device)

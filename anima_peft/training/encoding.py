@@ -17,6 +17,7 @@ from ..data.caching import CaptionsPlan, LatentsPlan, plan_captions, plan_latent
 from ..data.pictures import Picture
 from ..models.encoders import load_text_encoder, load_vae
 from ..models.latents import encode_latents
+from ..models.precision import encoder_dtype
 from ..models.sources import ModelSources, is_diffusers_folder
 from ..models.text import encode_qwen, find_cut_prompts, tokenize_t5
 from ..models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
@@ -60,11 +61,6 @@ def _model_files(folder: Path) -> list[Path]:
     # A diffusers folder holds all parts; its adapters live on two of them.
     parts = [folder / TRANSFORMER, folder / TEXT_CONDITIONER] if is_diffusers_folder(folder) else [folder]
     return sorted(file for part in parts for pattern in _MODEL_FILES for file in part.glob(pattern))
-
-
-def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What VAE and text encoder compute in: the base's dtype, but float32 for float16, where both can overflow."""
-    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def cache_latents(

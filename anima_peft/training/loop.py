@@ -77,6 +77,8 @@ def run_loop(
     """
     meter = _Meter(accelerator, parts, progress, total_steps)
     parts.model.train()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # encoding is over
     with meter.bar:
         while progress.step < total_steps:
             loader = accelerator.skip_first_batches(parts.loader, progress.batch) if progress.batch else parts.loader
@@ -97,8 +99,7 @@ def run_loop(
                 if accelerator.sync_gradients:
                     progress.step += 1
                     meter.step(norm)
-                    if not accelerator.optimizer_step_was_skipped:
-                        parts.scheduler.step()
+                    parts.scheduler.step()
                     on_step()
                     if progress.step >= total_steps:
                         break

@@ -79,9 +79,10 @@ def _run(train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, prog
         "ss_steps": progress.step,
         "ss_max_train_steps": facts.total_steps,
         "ss_sd_model_name": facts.sources.transformer.name,
-        "ss_new_sd_model_hash": facts.hashes.transformer,
+        # A hash of a single file; a folder has none that others would know.
+        "ss_new_sd_model_hash": facts.hashes.transformer if facts.sources.transformer.is_file() else None,
         "ss_vae_name": facts.sources.vae.name,
-        "ss_new_vae_hash": facts.hashes.vae,
+        "ss_new_vae_hash": facts.hashes.vae if facts.sources.vae.is_file() else None,
     }
 
 

@@ -58,7 +58,8 @@ class Outputs:
             for path in sorted(self.folder.iterdir())
             if any(path.match(_literal(p) + s) for p in patterns for s in (SUFFIX, STATE_SUFFIX))
         ]
-        return found + [path for path in (self.comparison,) if path.exists()]
+        pictures = self.folder.glob(f"{glob.escape(self.name)}-*-with*.png")
+        return [*found, *sorted(pictures), *([self.comparison] if self.comparison.exists() else [])]
 
 
 def _literal(pattern: str) -> str:
@@ -73,11 +74,14 @@ def state_folder(adapter_file: Path) -> Path:
 
 def resolve_folder(output_dir: str, now: datetime) -> Path:
     """`output_dir` with `{time}` replaced by YYYYMMDD_HHMMSS."""
-    return Path(output_dir.replace("{time}", f"{now:%Y%m%d_%H%M%S}")).expanduser()
+    return Path(output_dir.replace("{time}", f"{now:%Y%m%d_%H%M%S}"))
 
 
 def require_free(outputs: Outputs, *, overwrite: bool, resume: bool) -> None:
     """Refuse to start over an earlier run's files.
+
+    Args:
+        resume: whether this very folder's run goes on.
 
     Raises:
         InputError: such files exist, and neither `--overwrite` nor `--resume` was given.

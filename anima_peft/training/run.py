@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from ..adapters.exchange import start_from
-from ..adapters.layers import norm_parameters, relative_delta
+from ..adapters.layers import relative_delta, undecayed_parameters
 from ..adapters.lokr import LoKrConfig
 from ..adapters.lora import LoraConfig
 from ..adapters.strengths import adapter_layers
@@ -29,6 +29,7 @@ from ..data.cache import FileIndex, cache_folder
 from ..data.dataset import BucketBatchSampler, CachedDataset, collate
 from ..data.pictures import Picture, scan
 from ..errors import InputError
+from ..files import require_writable
 from ..generation import Request
 from ..models.encoders import check_encoders
 from ..models.precision import enable_fp32_residual
@@ -43,7 +44,7 @@ from .metadata import RunFacts, training_metadata
 from .optimizers import build_adamw, build_scheduler, warmup_steps
 from .outputs import Outputs, require_free, resolve_folder
 from .saving import Saver
-from .state import ADAPTER_NAME, Progress, read_progress, register
+from .state import ADAPTER_NAME, Progress, load_state, read_progress, register, require_same_settings
 
 if TYPE_CHECKING:
     from ..config import RunConfig, TrainOptions
@@ -88,7 +89,17 @@ def train(config: RunConfig) -> Result:
     with _engine(options, log_root) as accelerator:
         resume = Path(options.save.resume) if options.save.resume else None
         progress = read_progress(resume) if resume else Progress()
-        require_free(outputs, overwrite=options.save.overwrite, resume=resume is not None)
+        settings = _state_settings(options)
+        if resume:
+            require_same_settings(progress, settings, resume)
+        progress.settings = settings
+        continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
+        if not continued:  # what another folder's run has saved is not this one's to drop
+            progress.saved_steps, progress.saved_epochs = [], []
+        require_free(outputs, overwrite=options.save.overwrite, resume=continued)
+        require_writable("output_dir", outputs.folder)
+        if options.log.log_with != "none":
+            require_writable("logging_dir", log_root)
         for warning in config.warnings:
             logger.warning(warning)
         sources = _sources(options)
@@ -104,12 +115,17 @@ def train(config: RunConfig) -> Result:
         dataset = _cached_dataset(options, sources, hashes, model, pictures, dtype, accelerator.device, cache_dir)
         sampler = BucketBatchSampler(dataset.groups, dataset.batch_sizes, seed=options.loop.seed)
         facts = _plan(options, sources, hashes, batches=len(sampler))
+        if resume and progress.step >= facts.total_steps:
+            raise InputError(
+                f"resume: {resume} stands at step {progress.step}, and the run ends at step {facts.total_steps}; "
+                "raise max_train_steps or max_train_epochs to go on."
+            )
 
         _prepare_model(model, options, accelerator)
         parts = _prepare_parts(accelerator, options, model, parameters, dataset, sampler, facts.total_steps)
         register(accelerator, model, progress)
         if resume:
-            accelerator.load_state(str(resume))
+            load_state(accelerator, resume)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
         metadata = partial(training_metadata, options, pictures, facts)
         saver = _saver(accelerator, options, model, outputs, progress, metadata)
@@ -134,8 +150,10 @@ def _engine(options: TrainOptions, log_root: Path) -> Iterator[Accelerator]:
     """accelerate's engine for one run; afterwards the process is free for a run with other settings."""
     try:
         accelerator = _accelerator(options, log_root)
-        yield accelerator
-        accelerator.end_training()
+        try:
+            yield accelerator
+        finally:
+            accelerator.end_training()  # closes the log, which Windows would otherwise keep locked
     finally:
         # accelerate keeps precision and device for the process's life and refuses other ones; it offers no other way.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -161,12 +179,24 @@ def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
             'mixed_precision: "fp16" needs a graphics card, and none is in use here. On the CPU, float16 has neither '
             'the kernels nor the gradient scaling that training needs; use "bf16" or "no".'
         )
-    if accelerator.num_processes > 1:
+    if accelerator.distributed_type is not DistributedType.NO:
         raise InputError(
-            f"{accelerator.num_processes} processes were launched, but this version trains in one; "
-            "start it with `accelerate launch --num_processes 1 …`."
+            f"accelerate was set up for {accelerator.distributed_type.value} with {accelerator.num_processes} "
+            "process(es), but this version trains in one, without such an engine; "
+            "start it with `accelerate launch --num_processes 1 …`, or run `accelerate config` anew."
         )
     return accelerator
+
+
+def _state_settings(options: TrainOptions) -> dict[str, Any]:
+    """What a state fixes for the run that goes on with it."""
+    optimizer, loop = options.optimizer, options.loop
+    return {
+        **{f.name: getattr(optimizer, f.name) for f in fields(optimizer) if f.name != "max_grad_norm"},
+        "mixed_precision": loop.mixed_precision,
+        "gradient_accumulation_steps": loop.gradient_accumulation_steps,
+        "seed": loop.seed,
+    }
 
 
 def _sources(options: TrainOptions) -> ModelSources:
@@ -294,7 +324,7 @@ def _prepare_parts(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        undecayed=norm_parameters(model.components, ADAPTER_NAME),
+        undecayed=undecayed_parameters(model.components, ADAPTER_NAME),
     )
     scheduler = build_scheduler(
         optimizer,
@@ -368,8 +398,13 @@ def _compare(
     if not lines or not accelerator.is_main_process:
         return None
     values = [asdict(line) for line in lines]
+    model.eval()
     requests = [Request(**v | {"seed": options.loop.seed if v["seed"] is None else v["seed"]}) for v in values]
-    grid = draw_comparison(model, sources, outputs, requests, dtype=dtype, device=accelerator.device)
+    try:
+        grid = draw_comparison(model, sources, outputs, requests, dtype=dtype, device=accelerator.device)
+    except torch.OutOfMemoryError as error:
+        logger.warning("The adapter is saved; there was no memory to draw compare_prompts (%s).", error)
+        return None
     with Image.open(grid) as picture:
         pixels = np.asarray(picture)[None]
     for tracker in accelerator.trackers:

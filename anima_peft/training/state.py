@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class Progress:
         epoch: epochs done.
         batch: batches done of the present epoch.
         saved_steps, saved_epochs: (number, file name) of the adapters this run wrote and has not dropped.
+        settings: the options that a state cannot be continued without, by name.
     """
 
     step: int = 0
@@ -41,6 +44,7 @@ class Progress:
     batch: int = 0
     saved_steps: list[tuple[int, str]] = field(default_factory=list)
     saved_epochs: list[tuple[int, str]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def register(accelerator: Accelerator, model: AnimaTransformerModel, progress: Progress) -> None:
@@ -96,6 +100,39 @@ def read_progress(folder: Path) -> Progress:
         return Progress(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"resume: {file} cannot be read ({error}); use an earlier state.") from error
+
+
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """Bring a state back into what `register` and accelerate know of.
+
+    Raises:
+        InputError: a file of the state is missing, damaged, or of another network.
+    """
+    try:
+        accelerator.load_state(str(folder))
+    except InputError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(f"resume: {folder} is incomplete or damaged ({error}); use an earlier state.") from error
+
+
+def require_same_settings(progress: Progress, settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with other settings than the state was made with: accelerate restores those of the state.
+
+    Raises:
+        InputError: some differ; all are listed.
+    """
+    now = json.loads(json.dumps(settings))
+    faults = [
+        f"{name} is {now[name]!r}, and was {value!r}"
+        for name, value in progress.settings.items()
+        if name in now and now[name] != value
+    ]
+    if faults:
+        raise InputError.from_faults(
+            f"resume: {folder} was made with other settings. Give the state's, or start anew with network_weights:",
+            faults,
+        )
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from anima_peft import InputError, LoKrConfig, LoraConfig, inject_adapter
 from anima_peft.adapters.exchange import read_adapter, start_from
 from anima_peft.adapters.factors import LoKrFactors, LoraFactors, NormDelta
-from anima_peft.adapters.injection import FULL_MATRIX_SENTINEL
-from anima_peft.adapters.layers import adapter_parameters, norm_parameters
-from anima_peft.adapters.lokr import LoKrLinear, plan_shape
+from anima_peft.adapters.layers import adapter_parameters, undecayed_parameters
+from anima_peft.adapters.lokr import FULL_MATRIX_SENTINEL, LoKrLinear, plan_shape
 from tests.adapters.adapting import MLP, TO_Q, assert_close, call, dense, output, tiny_model
 from tests.adapters.test_kinds import shake
 
@@ -167,7 +166,7 @@ def test_low_precision_activations_keep_float32_parameters() -> None:
 def test_norms_move_on_a_bf16_base_and_are_not_decayed() -> None:
     model = tiny_model(torch.bfloat16)
     model.add_adapter(LoKrConfig(r=100_000, target_modules=[TO_Q], train_norm=True))
-    norms = norm_parameters(model.components, "default")
+    norms = undecayed_parameters(model.components, "default")
     assert len(norms) == len(
         [n for n in read_adapter(model.components, "default").values() if isinstance(n, NormDelta)]
     )
@@ -271,3 +270,16 @@ def test_what_the_layers_are() -> None:
     assert isinstance(model.transformer.transformer_blocks[0].attn1.to_q.base_layer, LoKrLinear)
     assert isinstance(model.transformer.peft_config["default"], peft.LoKrConfig)
     assert type(model.transformer.peft_config["default"]) is peft.LoKrConfig, "stock diffusers must know its fields"
+
+
+def test_a_module_that_is_itself_the_target_is_refused() -> None:
+    linear = torch.nn.Linear(8, 8)
+    for config in (LoKrConfig(r=2, target_modules="all-linear"), LoraConfig(r=2, target_modules="all-linear")):
+        with pytest.raises(InputError, match="Sequential"):
+            inject_adapter(config, linear)
+    assert [name for name, _ in linear.named_modules()] == [""]
+
+
+def test_decompose_both_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tiny_model().add_adapter(LoKrConfig(r=4, alpha=1, decompose_both=True, decompose_factor=4, target_modules=[TO_Q]))
+    assert any("decompose_both changes nothing" in message for message in caplog.messages)

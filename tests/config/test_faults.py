@@ -53,6 +53,12 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"timestep_sampling": "sigma"}, 'timestep_sampling: "sigma" is not supported in this version; use "uniform"'),
     ({"network_module": "networks.lora"}, 'expected one of "networks.lora_anima", "networks.lokr_anima", got'),
     ({"network_args": ["use_dora=true"], "network_module": LOKR}, "network_args.use_dora: has no effect with"),
+    (
+        {"network_dim": 100000},
+        "network_dim: 100000 stands for full matrices in LoKr; a LoRA's rank is usually 4 to 128",
+    ),
+    ({"network_weights": "a", "resume": "b"}, 'network_weights: has no effect with resume = "b"'),
+    ({"compare_prompts": ["x --w 40000"]}, "--w: expected an integer from 16 to 2048, got 40000"),
     ({"network_args": ["lokr_factor=4"]}, "network_args.lokr_factor: has no effect with network_module ="),
     ({"network_args": ["lokr_full_matrix=true"]}, "network_args.lokr_full_matrix: has no effect with"),
     ({"network_args": ["lokr_factor=0"], "network_module": LOKR}, "expected a positive integer or -1, got 0"),
@@ -124,7 +130,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         'optimizer_args.weight_dacay: unknown option; did you mean "weight_decay"?',
     ),
     # prompts
-    ({"compare_prompts": ["a --w 8"]}, "compare_prompts[0]: --w: expected an integer of at least 16, got 8"),
+    ({"compare_prompts": ["a --w 8"]}, "compare_prompts[0]: --w: expected an integer from 16 to 2048, got 8"),
     # options of other trainers
     ({"shuffle_caption": True}, "shuffle_caption: not supported in this version: remove it; captions are used as they"),
     ({"base_weights": ["x.safetensors"]}, "base_weights: not supported in this version: remove it"),

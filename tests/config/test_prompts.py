@@ -33,9 +33,9 @@ def test_prompt_line(text: str, line: PromptLine) -> None:
         ("  \t ", "expected a prompt, got an empty line"),
         ("two\nlines", "expected one line, got a text with line breaks"),
         ("a --w", "--w: has no value"),
-        ("a --w big", '--w: expected an integer of at least 16, got "big"'),
-        ("a --h 15", "--h: expected an integer of at least 16, got 15"),
-        ("a --w 64.5", '--w: expected an integer of at least 16, got "64.5"'),
+        ("a --w big", '--w: expected an integer from 16 to 2048, got "big"'),
+        ("a --h 15", "--h: expected an integer from 16 to 2048, got 15"),
+        ("a --w 64.5", '--w: expected an integer from 16 to 2048, got "64.5"'),
         ("a --d -1", "--d: expected an integer from 0 to 4294967295, got -1"),
         ("a --d 4294967296", "--d: expected an integer from 0 to 4294967295, got 4294967296"),
         ("a --s 0", "--s: expected an integer of at least 1, got 0"),
@@ -46,7 +46,7 @@ def test_prompt_line(text: str, line: PromptLine) -> None:
         ("a --width 64", "unknown --width"),
         (
             "a --w 1 --s 0",
-            "--w: expected an integer of at least 16, got 1; --s: expected an integer of at least 1, got 0",
+            "--w: expected an integer from 16 to 2048, got 1; --s: expected an integer of at least 1, got 0",
         ),
     ],
 )

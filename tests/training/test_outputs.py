@@ -32,6 +32,8 @@ def test_time_is_filled_in() -> None:
         ("name-step00000010.safetensors", True),
         ("name-state", True),
         ("name-comparison.png", True),
+        ("name-01-without.png", True),
+        ("name-02-with.png", True),
         ("name2.safetensors", False),
         ("name-final.safetensors", False),
         ("other.safetensors", False),

@@ -330,3 +330,46 @@ def test_norms_get_no_weight_decay(configure: Configure, tmp_path: Path) -> None
     norms = [value for key, value in tensors.items() if key.endswith("w_norm")]
     assert max(value.abs().max() for value in downs) < 0.02
     assert min(value.abs().max() for value in norms) > 4e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate is 0.001, and was 0.005"),
+        (["--optimizer_args", "betas=(0.5,0.9)"], r"betas is \[0.5, 0.9\], and was \[0.9, 0.999\]"),
+        (["--mixed_precision", "bf16"], "mixed_precision is 'bf16', and was 'no'"),
+        (["--max_train_steps", "1"], "stands at step 1, and the run ends at step 1"),
+    ],
+)
+def test_a_state_is_not_continued_with_what_it_would_override(
+    configure: Configure, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    state = train(configure("--max_train_steps", "1", "--save_state")).adapter.with_name("test-state")
+    given = flags if "--max_train_steps" in flags else ["--max_train_steps", "2", *flags]
+    with pytest.raises(InputError, match=message):
+        train(configure("--resume", str(state), *given))
+
+
+def test_an_incomplete_state_is_refused(configure: Configure) -> None:
+    state = train(configure("--max_train_steps", "1", "--save_state")).adapter.with_name("test-state")
+    (state / "optimizer.bin").unlink()
+    with pytest.raises(InputError, match="incomplete or damaged"):
+        train(configure("--max_train_steps", "2", "--resume", str(state)))
+
+
+def test_resuming_into_another_folder_touches_no_run_there(configure: Configure, tmp_path: Path) -> None:
+    flags = ["--save_state", "--save_every_n_steps", "1", "--save_last_n_steps", "1"]
+    first = train(configure("--max_train_steps", "2", *flags, output_dir=tmp_path / "a"))
+    other = train(configure("--max_train_steps", "2", "--seed", "7", *flags, output_dir=tmp_path / "b"))
+    kept = {path: path.read_bytes() for path in (tmp_path / "b").glob("*.safetensors")}
+    state = str(first.adapter.with_name("test-state"))
+    with pytest.raises(InputError, match="already holds"):
+        train(configure("--max_train_steps", "3", "--resume", state, *flags, output_dir=tmp_path / "b"))
+    assert {path: path.read_bytes() for path in other.adapter.parent.glob("*.safetensors")} == kept
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--logging_dir"])
+def test_a_folder_that_cannot_be_written_is_found_first(configure: Configure, tmp_path: Path, option: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{option[2:]}: .*cannot be written to"):
+        train(configure(option, str(tmp_path / "file" / "out"), "--log_with", "tensorboard"))
