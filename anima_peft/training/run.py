@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from functools import partial
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -38,6 +36,7 @@ from ..transformer import AnimaTransformerModel
 from .attention import use_xformers
 from .comparison import draw_comparison
 from .encoding import ModelHashes, cache_captions, cache_latents, hash_model
+from .engine import engine
 from .flow import SigmaSampler
 from .loop import Parts, run_loop
 from .metadata import RunFacts, training_metadata
@@ -73,7 +72,7 @@ class Result:
     comparison: Path | None
 
 
-def train(config: RunConfig) -> Result:
+def train(config: RunConfig) -> Result:  # long by its steps: one call each, in the order in which they happen
     """Train an adapter.
 
     The configuration's values, model files, pictures and captions are looked at, and everything is encoded, before the
@@ -86,7 +85,7 @@ def train(config: RunConfig) -> Result:
     options, now = config.train, datetime.now()
     outputs = Outputs(resolve_folder(options.save.output_dir, now), options.save.output_name)
     log_root = Path(options.log.logging_dir) if options.log.logging_dir else outputs.folder / "logs"
-    with _engine(options, log_root) as accelerator:
+    with engine(options, log_root) as accelerator:
         resume = Path(options.save.resume) if options.save.resume else None
         progress = read_progress(resume) if resume else Progress()
         settings = _state_settings(options)
@@ -143,49 +142,6 @@ def train(config: RunConfig) -> Result:
         learned = relative_delta(model.components, ADAPTER_NAME)
         comparison = _compare(accelerator, options, model, sources, outputs, dtype)
     return Result(outputs.final, progress.step, learned, log_folder, comparison)
-
-
-@contextmanager
-def _engine(options: TrainOptions, log_root: Path) -> Iterator[Accelerator]:
-    """accelerate's engine for one run; afterwards the process is free for a run with other settings."""
-    try:
-        accelerator = _accelerator(options, log_root)
-        try:
-            yield accelerator
-        finally:
-            accelerator.end_training()  # closes the log, which Windows would otherwise keep locked
-    finally:
-        # accelerate keeps precision and device for the process's life and refuses other ones; it offers no other way.
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
-    """Accelerate's engine for this run.
-
-    Raises:
-        InputError: float16 without a graphics card, or several processes.
-    """
-    precision = options.loop.mixed_precision
-    accelerator = Accelerator(
-        # accelerate would run float32 for fp16 on a CPU without a word; it is refused below.
-        mixed_precision=precision,
-        gradient_accumulation_steps=options.loop.gradient_accumulation_steps,
-        step_scheduler_with_optimizer=False,
-        log_with=None if options.log.log_with == "none" else options.log.log_with,
-        project_config=ProjectConfiguration(logging_dir=str(log_root)),
-    )
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise InputError(
-            'mixed_precision: "fp16" needs a graphics card, and none is in use here. On the CPU, float16 has neither '
-            'the kernels nor the gradient scaling that training needs; use "bf16" or "no".'
-        )
-    if accelerator.distributed_type is not DistributedType.NO:
-        raise InputError(
-            f"accelerate was set up for {accelerator.distributed_type.value} with {accelerator.num_processes} "
-            "process(es), but this version trains in one, without such an engine; "
-            "start it with `accelerate launch --num_processes 1 …`, or run `accelerate config` anew."
-        )
-    return accelerator
 
 
 def _state_settings(options: TrainOptions) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""accelerate's engine, for one run at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, ProjectConfiguration
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..config import TrainOptions
+
+
+@contextmanager
+def engine(options: TrainOptions, log_root: Path) -> Iterator[Accelerator]:
+    """accelerate's engine for one run; afterwards the process is free for a run with other settings."""
+    try:
+        accelerator = _accelerator(options, log_root)
+        try:
+            yield accelerator
+        finally:
+            accelerator.end_training()  # closes the log, which Windows would otherwise keep locked
+    finally:
+        # accelerate keeps precision and device for the process's life and refuses other ones; it offers no other way.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
+    """Accelerate's engine for this run.
+
+    Raises:
+        InputError: float16 without a graphics card, or several processes.
+    """
+    precision = options.loop.mixed_precision
+    accelerator = Accelerator(
+        # accelerate would run float32 for fp16 on a CPU without a word; it is refused below.
+        mixed_precision=precision,
+        gradient_accumulation_steps=options.loop.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        log_with=None if options.log.log_with == "none" else options.log.log_with,
+        project_config=ProjectConfiguration(logging_dir=str(log_root)),
+    )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError(
+            'mixed_precision: "fp16" needs a graphics card, and none is in use here. On the CPU, float16 has neither '
+            'the kernels nor the gradient scaling that training needs; use "bf16" or "no".'
+        )
+    if accelerator.distributed_type is not DistributedType.NO:
+        raise InputError(
+            f"accelerate was set up for {accelerator.distributed_type.value} with {accelerator.num_processes} "
+            "process(es), but this version trains in one, without such an engine; "
+            "start it with `accelerate launch --num_processes 1 …`, or run `accelerate config` anew."
+        )
+    return accelerator
