@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lokr.layer import Linear as PeftLoKrLinear
 
 from .factors import Factor, LoKrFactors, LoKrShape, detached, product
-from .kronecker import factorize, kron_linear
+from .kronecker import add_kron_linear, factorize, kron_linear
 from .targets import ATTN_MLP
 
 FULL_MATRIX_SENTINEL = 100_000
@@ -125,27 +125,53 @@ class LoKrLinear(PeftLoKrLinear):
         if torch.is_autocast_enabled(device):
             # Once for both products: each would make, and keep for its backward pass, a narrow copy of its own.
             x = x.to(torch.get_autocast_dtype(device))
-        result = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if name in self.scaling:
-                result = self._add_delta(name, x, result)
+        names = [name for name in self.active_adapters if name in self.scaling]
+        if not names or args or kwargs or not self._adds_in_place(x):
+            result = self.base_layer(x, *args, **kwargs)
+            for name in names:
+                delta = self._dropped(name, kron_linear(x, *self._scaled_factors(name, x.dtype)))
+                result = result + delta.to(result.dtype)
+            return result
+        with torch.no_grad():
+            result = self.base_layer(x)
+        result = result.detach()  # torch forbids adding to what may be a view made without a graph
+        weight: torch.Tensor | None = self.base_layer.weight  # the first adapter computes the base's gradient, too
+        for name in names:
+            result, weight = add_kron_linear(result, x, *self._scaled_factors(name), weight), None
         return result
 
-    def _add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """result + x @ delta', (..., out), computed in the dtype of x."""
+    def _adds_in_place(self, x: torch.Tensor) -> bool:
+        """Whether base and adapters can be computed, and differentiated, in one place: `add_kron_linear`.
+
+        Not where a compiler does it better, and not around a base layer that is more than x @ weight' + bias, or that
+        somebody watches.
+        """
+        base = self.base_layer
+        return (
+            not torch.compiler.is_compiling()
+            and type(base) is torch.nn.Linear
+            and "forward" not in vars(base)  # as offloading hooks leave it
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not any(parameter.requires_grad for parameter in base.parameters())
+            and (base.weight.dtype, base.weight.device) == (x.dtype, x.device)
+            and not (self.training and any(self._drops(name) for name in self.active_adapters))
+        )
+
+    def _drops(self, adapter_name: str) -> bool:
+        return bool(self.rank_dropout.get(adapter_name) or self.module_dropout.get(adapter_name))
+
+    def _scaled_factors(self, adapter_name: str, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, Factor]:
+        """w1 at the present strength, as the smallest of the factors, and w2; in the parameters' dtype or another."""
         w1, w2 = self._factor("lokr_w1", adapter_name), self._factor("lokr_w2", adapter_name)
-        w1 = (product(w1) * self.scaling[adapter_name]).to(x.dtype)  # the smallest of the factors carries the scale
-        w2 = w2.to(x.dtype) if isinstance(w2, torch.Tensor) else (w2[0].to(x.dtype), w2[1].to(x.dtype))
-        drops = self.training and (self.rank_dropout[adapter_name] or self.module_dropout[adapter_name])
-        # In place only on what a plain linear has just made: other layers may return what they still need.
-        plain = type(self.base_layer) is torch.nn.Linear and result.dtype == x.dtype and result.is_contiguous()
-        if plain and not drops:
-            return kron_linear(x, w1, w2, add_to=result)
-        delta = kron_linear(x, w1, w2)
-        return result + (self._dropped(adapter_name, delta) if drops else delta).to(result.dtype)
+        w1 = product(w1) * self.scaling[adapter_name]
+        if dtype is None:
+            return w1, w2
+        return w1.to(dtype), w2.to(dtype) if isinstance(w2, torch.Tensor) else (w2[0].to(dtype), w2[1].to(dtype))
 
     def _dropped(self, adapter_name: str, activations: torch.Tensor) -> torch.Tensor:
         """LyCORIS' two dropouts as masks: every parameter stays in the graph, as several processes need it."""
+        if not self.training:
+            return activations
         rank_dropout, module_dropout = self.rank_dropout[adapter_name], self.module_dropout[adapter_name]
         if rank_dropout:
             kept = (torch.rand(activations.shape[-1], device=activations.device) > rank_dropout).to(activations.dtype)
