@@ -153,10 +153,12 @@ class _AddKron(torch.autograd.Function):
         rows, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         cut = rows.view(len(rows), c, x.shape[-1] // c) if cut is None else cut
         step, wide = _between(len(rows), a, cut)
-        narrow = torch.empty_like(cut[:step]) if before is not None else None
+        narrow: Any = torch.empty_like(cut[:step]) if before is not None else None
         pairs = x.new_empty(step, a, c)
         d_x = torch.empty_like(rows) if ctx.needs_input_grad[1] else None
-        d_w1, d_inner, d_outer = (None if w is None else torch.zeros_like(w) for w in (w1, inner, outer))
+        d_w1 = torch.zeros_like(w1)
+        d_inner: Any = None if inner is None else torch.zeros_like(inner)
+        d_outer: Any = None if outer is None else torch.zeros_like(outer)
         for start in range(0, len(rows), step):
             part, here, raw = (t[start : start + step] for t in (cut, gradients, rows))
             count, mixed = len(part), wide[: len(part)]
