@@ -14,9 +14,9 @@ from diffusers import AnimaTextConditioner, ConfigMixin, CosmosTransformer3DMode
 from diffusers.configuration_utils import register_to_config
 
 from .adapters import exchange, strengths
-from .adapters.formats import Format
 from .adapters.naming import TEXT_CONDITIONER, TRANSFORMER, Components, base_weights
 from .adapters.strengths import Strength
+from .adapters.writing import Format
 from .errors import InputError
 from .models.checkpoints import build_empty
 from .models.compat import ensure_cosmos_without_torchvision

@@ -10,23 +10,19 @@ from typing import Any
 
 import peft
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
 
 from ..errors import InputError
 from ..files import save_tensors
-from ..models.checkpoints import read_header
 from .factors import Factors, alike, rescaled, summary
-from .formats import FORMATS, Format, parse, serialize
+from .hotswap import reserve_rank, swap
 from .injection import Plan, announce_full_matrices, inject, plan_file, plan_training
 from .layers import adapter_parameters, read_weights, write_weights
 from .metadata import describe, with_hashes
 from .naming import Components, ModuleName, ModuleTable
+from .reading import parse
+from .sources import DIFFUSERS_FILE_NAME, Source, read_source
 from .strengths import activate, active_adapters, adapter_names, remove, require_ready
-
-DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
-Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
+from .writing import FORMATS, Format, serialize
 
 
 def add_adapter(
@@ -88,27 +84,33 @@ def start_from(components: Components, source: Source, adapter_name: str = "defa
         InputError: the file cannot be read, is of another kind, rank or factor shape, or has nothing in common with
             the adapter.
     """
-    path = locate_adapter(source) if not isinstance(source, Mapping) else Path("the given tensors")
-    tensors, metadata = (source, {}) if isinstance(source, Mapping) else read_adapter_file(path)
-    weights = parse(tensors, metadata, ModuleTable(components), str(path))
+    file = read_source(source)
+    weights = parse(file, ModuleTable(components))
     present = read_adapter(components, adapter_name)
     common = [name for name in present if name in weights]
     unlike = [name.native for name in common if not alike(present[name], weights[name])]
     if unlike or not common:
         raise InputError(
-            f"{path}: cannot be started from: it holds {summary(weights)}, and the network is {summary(present)}"
+            f"{file.source}: cannot be started from: it holds {summary(weights)}, and the network is {summary(present)}"
             + (f" ({len(unlike)} modules differ, such as {unlike[0]})" if unlike else "")
             + ". Use the network options that the file was trained with."
         )
     write_weights(components, {name: rescaled(weights[name], present[name].scale) for name in common}, adapter_name)
     missing, unused = len(present) - len(common), len(weights) - len(common)
     return (
-        f"Started from {path}: took {summary({name: weights[name] for name in common})}; "
+        f"Started from {file.source}: took {summary({name: weights[name] for name in common})}; "
         f"{missing} modules of the network are not in the file and start at zero, {unused} of the file are not trained."
     )
 
 
-def load_adapter(components: Components, source: Source, adapter_name: str | None = None, **where: Any) -> str:
+def load_adapter(
+    components: Components,
+    source: Source,
+    adapter_name: str | None = None,
+    *,
+    hotswap: bool = False,
+    **where: Any,
+) -> str:
     """Load an adapter from a file, a folder, a hub repo or tensors, and let it act with strength 1.0.
 
     Adapters already active stay so: nothing that was loaded is without effect until `set_adapters` says so. The
@@ -118,6 +120,8 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
         components: the stock models.
         source: safetensors file; folder or hub repo with one; or a mapping from key to tensor.
         adapter_name: name for `set_adapters`; by default the first free one of `default_0`, `default_1`, …
+        hotswap: put the file's weights in the place of those of the loaded adapter `adapter_name`, which stays as
+            active and as strong as it was; see `hotswap.swap`.
         where: `weight_name`, `subfolder` and the hub's options; see `locate_adapter`.
 
     Returns:
@@ -125,25 +129,29 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
 
     Raises:
         InputError: the file is not there, not an Anima adapter, or a key is not understood; or other adapters are
-            fused or switched off. Nothing was changed then.
+            fused or switched off; or it cannot take the other's place. Nothing was changed then.
     """
+    if hotswap:
+        if adapter_name not in adapter_names(components):
+            raise InputError(f"hotswap: no adapter named {adapter_name!r} is loaded; name the one to replace.")
+        swap(components, parse(read_source(source, **where), ModuleTable(components)), adapter_name)
+        return adapter_name
     if adapter_name is None:
         taken = adapter_names(components)
         adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
     _require_new(components, adapter_name)
     require_ready(components, "load_lora_adapter")
-    tensors: Mapping[str, torch.Tensor]
-    metadata: Mapping[str, str]
-    if isinstance(source, Mapping):
-        tensors, metadata, label = source, {}, "the given tensors"
-    else:
-        path = locate_adapter(source, **where)
-        tensors, metadata = read_adapter_file(path)
-        label = str(path)
-    weights = parse(tensors, metadata, ModuleTable(components), label)
+    file = read_source(source, **where)
+    weights = reserve_rank(components, parse(file, ModuleTable(components)), file.source)
     # From here on nothing can fail for what the file says: every key and shape has been checked.
-    _inject_beside(components, plan_file(weights), adapter_name)
-    write_weights(components, weights, adapter_name)
+    active = active_adapters(components)
+    try:
+        _inject_beside(components, plan_file(weights), adapter_name)
+        write_weights(components, weights, adapter_name)
+    except BaseException:  # out of memory, or interrupted
+        remove(components, [adapter_name])
+        activate(components, active)
+        raise
     for parameter in adapter_parameters(components, adapter_name):
         parameter.requires_grad_(False)
     return adapter_name
@@ -197,64 +205,6 @@ def read_adapter(components: Components, adapter_name: str) -> dict[ModuleName, 
         loaded = ", ".join(adapter_names(components)) or "none"
         raise InputError(f"no adapter named {adapter_name!r}; loaded are: {loaded}.")
     return weights
-
-
-def locate_adapter(
-    source: str | os.PathLike[str],
-    *,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
-    """The local safetensors file for a path, a folder or a hub repo id; the options are diffusers' and the hub's.
-
-    Raises:
-        InputError: nothing there, several files to choose from, or the hub refuses.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        folder = path / subfolder if subfolder else path
-        # Not hidden ones: a file that is being written is called so.
-        found = [folder / weight_name] if weight_name else sorted(folder.glob("[!.]*.safetensors"))
-        if len(found) == 1 and found[0].is_file():
-            return found[0]
-        names = ", ".join(file.name for file in found) or "none"
-        raise InputError(f"{folder}: expected one .safetensors file, found {names}; give weight_name.")
-    repo = os.fspath(source)
-    if repo.count("/") != 1 or repo.endswith(".safetensors"):
-        raise InputError(f"{repo}: no such adapter file.")
-    try:
-        return Path(
-            hf_hub_download(
-                repo,
-                weight_name or DIFFUSERS_FILE_NAME,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"{repo}: no such file here, and the hub cannot give it ({error}).") from error
-
-
-def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors and the text metadata of a safetensors file.
-
-    Raises:
-        InputError: the file is missing or is not safetensors.
-    """
-    checkpoint = read_header(path)
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key).clone() for key in checkpoint.shapes}, dict(checkpoint.metadata)
 
 
 def _require_new(components: Components, adapter_name: str) -> None:

@@ -27,12 +27,14 @@ class LoraFactors:
         up: (out, rank).
         alpha: numerator of the scale; equal to the rank where a file names none.
         magnitude: DoRA's, (out,): the norms that the rows of W + delta W are brought to (Liu et al. 2024); or None.
+        bias: (out,), added to the layer's bias; or None.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     alpha: float
     magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -42,8 +44,12 @@ class LoraFactors:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def delta(self) -> torch.Tensor:
+        """up @ down * alpha / rank, (out, in), in the factors' dtype; DoRA's rescaling is left out."""
+        return self.up @ self.down * self.scale
+
     def delta_norm(self) -> float:
-        """Frobenius norm of the delta, in float64; DoRA's rescaling is left out."""
+        """Frobenius norm of the delta, in float64; DoRA's rescaling and the bias are left out."""
         down, up = self.down.cpu().double(), self.up.cpu().double()  # not every device has float64
         # |up @ down|^2 = trace((up' up) (down down')): rank x rank instead of out x in
         return math.sqrt(float(((up.T @ up) * (down @ down.T)).sum())) * abs(self.scale)
@@ -82,12 +88,14 @@ class LoKrFactors:
         w2: (b, d).
         alpha: as configured or as the file has it.
         dim: the configured rank; 100000 and more stand for full matrices.
+        bias: (a*b,), added to the layer's bias; or None.
     """
 
     w1: Factor
     w2: Factor
     alpha: float
     dim: int
+    bias: torch.Tensor | None = None
 
     @property
     def shape(self) -> LoKrShape:
@@ -118,6 +126,65 @@ class LoKrFactors:
 
 
 @dataclass(frozen=True)
+class LoHaFactors:
+    """One linear's LoHa: delta W = (w1_a @ w1_b) * (w2_a @ w2_b) * alpha / rank, element by element (Hyeon-Woo et al.
+    2022, "FedPara"; LyCORIS).
+
+    Attributes:
+        w1, w2: each a pair (out, rank), (rank, in), of one rank.
+        alpha: numerator of the scale.
+        bias: (out,), added to the layer's bias; or None.
+    """
+
+    w1: tuple[torch.Tensor, torch.Tensor]
+    w2: tuple[torch.Tensor, torch.Tensor]
+    alpha: float
+    bias: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.w1[1].shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> torch.Tensor:
+        """The delta, (out, in), in the factors' dtype."""
+        return product(self.w1) * product(self.w2) * self.scale
+
+    def delta_norm(self) -> float:
+        """Frobenius norm of the delta, in float64."""
+        return float((product(_double(self.w1)) * product(_double(self.w2))).norm()) * abs(self.scale)
+
+
+@dataclass(frozen=True)
+class FullDelta:
+    """What is added to a linear's weight, to its bias, or to both.
+
+    Attributes:
+        weight: (out, in), or None.
+        bias: (out,), or None.
+    """
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    def delta(self) -> torch.Tensor:
+        """The weight's delta, (out, in); zero where there is none."""
+        assert self.weight is not None or self.bias is not None
+        return self.weight if self.weight is not None else torch.zeros(())
+
+    def delta_norm(self) -> float:
+        """Frobenius norm of the weight's delta, in float64."""
+        return float(self.delta().cpu().double().norm())
+
+
+@dataclass(frozen=True)
 class NormDelta:
     """What is added to a norm's weight, and to its bias where it has one.
 
@@ -138,51 +205,95 @@ class NormDelta:
         return math.sqrt(sum(float(part.cpu().double().square().sum()) for part in parts))
 
 
-Factors = LoraFactors | LoKrFactors | NormDelta
+LinearFactors = LoraFactors | LoKrFactors | LoHaFactors | FullDelta
+Factors = LinearFactors | NormDelta
 Weights = Mapping[ModuleName, Factors]
 
 
 def alike(one: Factors, other: Factors) -> bool:
     """Whether one adapter's factors can take the other's place: kind and shapes agree; scales may differ."""
-    if isinstance(one, LoraFactors) and isinstance(other, LoraFactors):
-        return one.rank == other.rank and (one.magnitude is None) == (other.magnitude is None)
-    if isinstance(one, LoKrFactors) and isinstance(other, LoKrFactors):
-        return one.shape == other.shape
-    return isinstance(one, NormDelta) and isinstance(other, NormDelta)
+    return layout(one) == layout(other)
+
+
+def layout(factors: Factors) -> tuple[object, ...]:
+    """Kind and shapes of a module's factors: what has to agree for one to take another's place."""
+    bias = factors.bias is not None
+    if isinstance(factors, LoraFactors):
+        return "LoRA", factors.rank, factors.magnitude is not None, bias
+    if isinstance(factors, LoKrFactors):
+        return "LoKr", factors.shape, bias
+    if isinstance(factors, LoHaFactors):
+        return "LoHa", factors.rank, bias
+    if isinstance(factors, FullDelta):
+        return "full difference", factors.weight is not None, bias
+    return "norm", bias
 
 
 def rescaled(factors: Factors, scale: float) -> Factors:
     """The same delta with another scale before it; computed in float32.
 
     Raises:
-        ValueError: the scale is zero, or full LoKr factors are to have one.
+        ValueError: the scale is zero, or factors that carry none are to have one.
     """
     if factors.scale == scale:
         return factors
-    if isinstance(factors, LoraFactors):
-        ratio = factors.scale / scale
-        return replace(factors, up=factors.up.float() * ratio, alpha=scale * factors.rank)
-    rank = factors.shape.rank if isinstance(factors, LoKrFactors) else None
-    if isinstance(factors, NormDelta) or rank is None:
-        raise ValueError(f"these factors have the scale 1 and cannot have {scale}")
     ratio = factors.scale / scale
-    w1 = factors.w1  # the smaller of the two
-    scaled = w1.float() * ratio if isinstance(w1, torch.Tensor) else (w1[0].float() * ratio, w1[1])
-    return replace(factors, w1=scaled, alpha=scale * rank)
+    if isinstance(factors, LoraFactors):
+        return replace(factors, up=factors.up.float() * ratio, alpha=scale * factors.rank)
+    if isinstance(factors, LoHaFactors):
+        return replace(factors, w1=(factors.w1[0].float() * ratio, factors.w1[1]), alpha=scale * factors.rank)
+    rank = factors.shape.rank if isinstance(factors, LoKrFactors) else None
+    if not isinstance(factors, LoKrFactors) or rank is None:
+        raise ValueError(f"these factors have the scale 1 and cannot have {scale}")
+    return replace(factors, w1=scaled_factor(factors.w1, ratio), alpha=scale * rank)  # w1: the smaller of the two
+
+
+def scaled_factor(factor: Factor, ratio: float) -> Factor:
+    """The factor times a number, computed in float32."""
+    if isinstance(factor, torch.Tensor):
+        return factor.float() * ratio
+    return factor[0].float() * ratio, factor[1]
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """LoRA factors with zero rows and columns up to `rank`, and the same delta; other kinds as they are.
+
+    Raises:
+        ValueError: the rank of the factors is larger.
+    """
+    if not isinstance(factors, LoraFactors) or factors.rank == rank:
+        return factors
+    if factors.rank > rank:
+        raise ValueError(f"it has rank {factors.rank}, and room is for {rank}")
+    missing = rank - factors.rank
+    return replace(
+        factors,
+        down=torch.nn.functional.pad(factors.down, (0, 0, 0, missing)),
+        up=torch.nn.functional.pad(factors.up, (0, missing)),
+        alpha=factors.scale * rank,
+    )
 
 
 def summary(weights: Weights) -> str:
     """Kinds, ranks and scales of an adapter in a few words."""
-    counts: Counter[str] = Counter()
-    for factors in weights.values():
-        if isinstance(factors, NormDelta):
-            counts["norms"] += 1
-        elif isinstance(factors, LoraFactors):
-            counts[f"LoRA of rank {factors.rank} and scale {factors.scale:g}"] += 1
-        else:
-            rank = factors.shape.rank
-            counts["LoKr of " + ("full matrices" if rank is None else f"rank {rank} and scale {factors.scale:g}")] += 1
+    counts = Counter(describe_factors(factors) for factors in weights.values())
     return ", ".join(f"{count} x {text}" for text, count in counts.items()) or "nothing"
+
+
+def describe_factors(factors: Factors) -> str:
+    """Kind, rank and scale of one module's factors in a few words."""
+    if isinstance(factors, NormDelta):
+        return "norms"
+    with_bias = " and bias" if factors.bias is not None else ""
+    if isinstance(factors, FullDelta):
+        return "full difference" + with_bias if factors.weight is not None else "bias"
+    if isinstance(factors, LoKrFactors):
+        rank = factors.shape.rank
+        return (
+            "LoKr of " + ("full matrices" if rank is None else f"rank {rank} and scale {factors.scale:g}") + with_bias
+        )
+    kind = "LoHa" if isinstance(factors, LoHaFactors) else "LoRA" if factors.magnitude is None else "DoRA"
+    return f"{kind} of rank {factors.rank} and scale {factors.scale:g}{with_bias}"
 
 
 def product(factor: Factor) -> torch.Tensor:

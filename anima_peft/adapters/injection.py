@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ..errors import InputError
-from .factors import LoKrFactors, LoKrShape, LoraFactors, NormDelta, Weights
+from .deltas import DeltaLayer
+from .factors import Factors, FullDelta, LoHaFactors, LoKrFactors, LoKrShape, LoraFactors, NormDelta, Weights
 from .layers import adapter_layers_of
+from .loha import LoHaLinear
 from .lokr import LoKrLinear, plan_shape
 from .naming import Components, ModuleName, ModuleTable
-from .norms import NormLayer
 from .targets import ATTN_MLP, select_targets
 
 logger = logging.getLogger(__name__)
@@ -51,18 +52,28 @@ class LoKrSettings:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Which parameters of a layer get a delta of their own shape; bias None: if the layer has one."""
+
+    weight: bool = True
+    bias: bool | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one adapter puts on one component.
 
     Attributes:
         config: PEFT's plain config, kept on the component. A `LoraConfig` names the linears that get LoRA.
         lokr: path -> settings of the linears that get LoKr.
-        norms: paths of the norms that get a delta.
+        loha: path -> rank and alpha of the linears that get LoHa.
+        deltas: path -> parts of the norms and linears that get a delta of the parameter's own shape.
     """
 
     config: peft.PeftConfig
     lokr: Mapping[str, LoKrSettings] = field(default_factory=dict)
-    norms: Sequence[str] = ()
+    loha: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    deltas: Mapping[str, Parts] = field(default_factory=dict)
 
 
 def plan_training(config: peft.LoraConfig | peft.LoKrConfig, table: ModuleTable) -> dict[str, Plan]:
@@ -90,18 +101,16 @@ def plan_training(config: peft.LoraConfig | peft.LoKrConfig, table: ModuleTable)
     plans = {}
     for component in components:
         names = [name for name in targets if name.component == component]
-        norm_paths = [name.path for name in norms if name.component == component]
+        deltas = {name.path: Parts() for name in norms if name.component == component}
         if isinstance(config, peft.LoraConfig):
             plain = _plain(config, [name.path for name in names], ranks.get(component, {}), alphas.get(component, {}))
-            plan = Plan(plain, norms=norm_paths)
+            plan = Plan(plain, deltas=deltas)
         else:
             settings = {
-                name.path: _lokr_settings(
-                    config, table.shape(name), name.path, ranks.get(component, {}), alphas.get(component, {})
-                )
+                name.path: _lokr_settings(config, table, name, ranks.get(component, {}), alphas.get(component, {}))
                 for name in names
             }
-            plan = Plan(_lokr_config(config, settings), settings, norm_paths)
+            plan = Plan(_lokr_config(config, settings), settings, deltas=deltas)
         plans[component] = plan
     return plans
 
@@ -117,11 +126,42 @@ def plan_file(weights: Weights) -> dict[str, Plan]:
             for path, factors in of_component.items()
             if isinstance(factors, LoKrFactors)
         }
-        norms = [path for path, factors in of_component.items() if isinstance(factors, NormDelta)]
-        plain = peft.LoKrConfig(target_modules=[])
-        config = lora_file_config(lora) if lora else _lokr_config(plain, lokr) if lokr else _no_linears()
-        plans[component] = Plan(config, lokr, norms)
+        loha = {
+            path: (factors.rank, factors.alpha)
+            for path, factors in of_component.items()
+            if isinstance(factors, LoHaFactors)
+        }
+        deltas = {path: _parts(factors) for path, factors in of_component.items() if _parts(factors) is not None}
+        plans[component] = Plan(_file_config(lora, lokr, loha), lokr, loha, deltas)  # type: ignore[arg-type]
     return plans
+
+
+def _parts(factors: Factors) -> Parts | None:
+    """What of a module's factors is a delta of a parameter's own shape."""
+    if isinstance(factors, (NormDelta, FullDelta)):
+        return Parts(factors.weight is not None, factors.bias is not None)
+    return Parts(weight=False, bias=True) if factors.bias is not None else None
+
+
+def _file_config(
+    lora: Mapping[str, LoraFactors], lokr: Mapping[str, LoKrSettings], loha: Mapping[str, tuple[int, float]]
+) -> peft.PeftConfig:
+    """The config that is kept on the component, of the first kind that there is."""
+    if lora:
+        return lora_file_config(lora)
+    if lokr:
+        return _lokr_config(peft.LoKrConfig(target_modules=[]), lokr)
+    if loha:
+        (rank, alpha), _ = Counter(loha.values()).most_common(1)[0]
+        others = {path: values for path, values in loha.items() if values != (rank, alpha)}
+        return peft.LoHaConfig(
+            r=rank,
+            alpha=alpha,
+            target_modules=list(loha),
+            rank_pattern={f"^{path}": values[0] for path, values in others.items()},
+            alpha_pattern={f"^{path}": values[1] for path, values in others.items()},
+        )
+    return peft.LoraConfig(target_modules=[])
 
 
 def lora_file_config(factors: Mapping[str, LoraFactors]) -> peft.LoraConfig:
@@ -143,7 +183,7 @@ def inject(components: Components, plans: Mapping[str, Plan], adapter_name: str)
     """Put a new adapter that changes nothing yet on the plans' exact modules."""
     for component, plan in plans.items():
         model: Any = components[component]
-        planned = len(plan.lokr) + len(plan.norms)
+        planned = len(plan.lokr) + len(plan.loha) + len(plan.deltas)
         if isinstance(plan.config, peft.LoraConfig) and plan.config.target_modules:
             planned += len(plan.config.target_modules)  # before: PEFT shortens long lists to suffixes in place
             with warnings.catch_warnings():
@@ -151,8 +191,10 @@ def inject(components: Components, plans: Mapping[str, Plan], adapter_name: str)
                 peft.inject_adapter_in_model(plan.config, model, adapter_name)
         for path, settings in plan.lokr.items():
             _add_lokr(model, path, settings, plan.config, adapter_name)
-        for path in plan.norms:
-            _add_norm(model, path, plan.config, adapter_name)
+        for path, (rank, alpha) in plan.loha.items():
+            _add_loha(model, path, rank, alpha, adapter_name)
+        for path, parts in plan.deltas.items():
+            _add_delta(model, path, parts, plan.config, adapter_name)
         if not hasattr(model, "peft_config"):
             model.peft_config = {}
         model.peft_config[adapter_name] = plan.config
@@ -174,10 +216,19 @@ def _add_lokr(model: torch.nn.Module, path: str, settings: LoKrSettings, config:
         _replace(model, path, LoKrLinear(target, adapter_name, options, **made_with))
 
 
-def _add_norm(model: torch.nn.Module, path: str, config: peft.PeftConfig, adapter_name: str) -> None:
+def _add_loha(model: torch.nn.Module, path: str, rank: int, alpha: float, adapter_name: str) -> None:
     target = model.get_submodule(path)
-    layer = target if isinstance(target, NormLayer) else NormLayer(target)
-    layer.add_delta(adapter_name, "lokr" if isinstance(config, peft.LoKrConfig) else "lora")
+    if isinstance(target, LoHaLinear):
+        target.add(adapter_name, rank, alpha)
+    else:
+        _replace(model, path, LoHaLinear.on(target, adapter_name, rank, alpha))
+
+
+def _add_delta(model: torch.nn.Module, path: str, parts: Parts, config: peft.PeftConfig, adapter_name: str) -> None:
+    target = model.get_submodule(path)
+    layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target)
+    method = "lokr" if isinstance(config, peft.LoKrConfig) else "lora"
+    layer.add_delta(adapter_name, method, weight=parts.weight, bias=parts.bias)
     if layer is not target:
         _replace(model, path, layer)
 
@@ -196,13 +247,11 @@ def _plain(
     return peft.LoraConfig(**settings | exact)
 
 
-def _no_linears() -> peft.LoraConfig:
-    return peft.LoraConfig(target_modules=[])
-
-
 def _lokr_settings(
-    config: peft.LoKrConfig, shape: tuple[int, ...], path: str, ranks: Mapping[str, Any], alphas: Mapping[str, Any]
+    config: peft.LoKrConfig, table: ModuleTable, name: ModuleName, ranks: Mapping[str, Any], alphas: Mapping[str, Any]
 ) -> LoKrSettings:
+    path, shape = name.path, table.shape(name)
+    assert shape is not None
     rank = ranks.get(f"^{path}", config.r)
     planned = plan_shape(
         shape[0],

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 
-from .factors import Factors, LoraFactors, NormDelta, Weights
+from .deltas import DeltaLayer
+from .factors import Factor, Factors, FullDelta, LoHaFactors, LoKrFactors, LoraFactors, NormDelta, Weights
+from .loha import LoHaLinear
 from .lokr import LoKrLinear
 from .naming import Components, ModuleName, ModuleTable
-from .norms import NormLayer
 
-_LAYERS = (LoraLayer, LoKrLinear, NormLayer)
+_LAYERS = (LoraLayer, LoKrLinear, LoHaLinear, DeltaLayer)
 
 
 def adapter_layers_of(model: torch.nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
     """Path in the bare model and layer of everything that carries `adapter_name`.
 
     Where adapters of different kinds sit on one module, their layers are nested; the path is the module's all the same.
+    One adapter, too, can have two: LoRA for the weight, and a delta of the bias.
     """
     for path, module in model.named_modules():
         if isinstance(module, _LAYERS) and adapter_name in module.scaling:
@@ -47,7 +50,7 @@ def undecayed_parameters(components: Components, adapter_name: str) -> list[torc
     parameters: list[torch.nn.Parameter] = []
     for model in components.values():
         for _, layer in adapter_layers_of(model, adapter_name):
-            if isinstance(layer, NormLayer):
+            if isinstance(layer, DeltaLayer):
                 parameters += [parameter for parameter in layer.delta(adapter_name) if parameter is not None]
             elif isinstance(layer, LoraLayer) and layer.use_dora.get(adapter_name, False):
                 parameters.append(layer.lora_magnitude_vector[adapter_name].weight)
@@ -56,25 +59,43 @@ def undecayed_parameters(components: Components, adapter_name: str) -> list[torc
 
 def read_weights(components: Components, table: ModuleTable, adapter_name: str) -> dict[ModuleName, Factors]:
     """The adapter's factors, detached, in the model's order. The strength set by `set_adapters` is not part of them."""
-    return {
-        table.by_diffusers[f"{component}.{path}"]: _read(layer, adapter_name)
-        for component, model in components.items()
-        for path, layer in adapter_layers_of(model, adapter_name)
-    }
+    weights: dict[ModuleName, Factors] = {}
+    for component, model in components.items():
+        for path, layer in adapter_layers_of(model, adapter_name):
+            name, factors = table.by_diffusers[f"{component}.{path}"], _read(layer, adapter_name)
+            weights[name] = factors if name not in weights else _joined(weights[name], factors)
+    return weights
+
+
+def _joined(one: Factors, other: Factors) -> Factors:
+    """The factors of two nested layers of one adapter, of which one is a delta of the bias alone."""
+    linear, delta = (other, one) if isinstance(one, FullDelta) else (one, other)
+    assert isinstance(delta, FullDelta)
+    assert delta.weight is None
+    return replace(linear, bias=delta.bias)
 
 
 def write_weights(components: Components, weights: Weights, adapter_name: str) -> None:
     """Copy factors into an injected adapter of the same shapes, in the dtype the adapter's parameters have."""
-    layers = {
-        (component, path): layer
-        for component, model in components.items()
-        for path, layer in adapter_layers_of(model, adapter_name)
-    }
+    pairs = []
+    for component, model in components.items():
+        by_path = {name.path: factors for name, factors in weights.items() if name.component == component}
+        for path, layer in adapter_layers_of(model, adapter_name):
+            if path in by_path:
+                targets = _tensors(_read(layer, adapter_name))
+                sources = _tensors(_share_of(layer, by_path[path]))
+                # All that can fail, for want of memory, comes before the first copy.
+                pairs += [(a, b.to(a.device, a.dtype)) for a, b in zip(targets, sources, strict=True)]
     with torch.no_grad():
-        for name, factors in weights.items():
-            present = _read(layers[name.component, name.path], adapter_name)
-            for target, source in zip(_tensors(present), _tensors(factors), strict=True):
-                target.copy_(source)
+        for target, source in pairs:
+            target.copy_(source)
+
+
+def _share_of(layer: Any, factors: Factors) -> Factors:
+    """The part of a module's factors that this one of its layers holds."""
+    if not isinstance(layer, DeltaLayer):
+        return replace(factors, bias=None)
+    return factors if isinstance(factors, (FullDelta, NormDelta)) else FullDelta(bias=factors.bias)
 
 
 def relative_delta(components: Components, adapter_name: str) -> float:
@@ -82,7 +103,10 @@ def relative_delta(components: Components, adapter_name: str) -> float:
     delta = weight = 0.0
     for model in components.values():
         for _, layer in adapter_layers_of(model, adapter_name):
-            delta += _read(layer, adapter_name).delta_norm() ** 2
+            factors = _read(layer, adapter_name)
+            if isinstance(factors, FullDelta) and factors.weight is None:
+                continue  # a bias beside the weight that another layer counts
+            delta += factors.delta_norm() ** 2
             weight += float(layer.get_base_layer().weight.detach().float().square().sum())
     return (delta / weight) ** 0.5 if weight else 0.0
 
@@ -97,18 +121,23 @@ def _read(layer: Any, adapter_name: str) -> Factors:
         if layer.use_dora.get(adapter_name, False):
             magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach()
         return LoraFactors(down, up, alpha, magnitude)
-    if isinstance(layer, LoKrLinear):
+    if isinstance(layer, (LoKrLinear, LoHaLinear)):
         return layer.factors(adapter_name)
-    weight, bias = layer.delta(adapter_name)
+    weight, bias = (None if part is None else part.detach() for part in layer.delta(adapter_name))
+    if isinstance(layer.get_base_layer(), torch.nn.Linear):
+        return FullDelta(weight, bias)
     assert weight is not None
-    return NormDelta(weight.detach(), None if bias is None else bias.detach())
+    return NormDelta(weight, bias)
 
 
 def _tensors(factors: Factors) -> list[torch.Tensor]:
     """All tensors of a module's factors, in a fixed order."""
+    parts: tuple[Factor | None, ...]
     if isinstance(factors, LoraFactors):
-        return [factors.down, factors.up] + ([] if factors.magnitude is None else [factors.magnitude])
-    if isinstance(factors, NormDelta):
-        return [factors.weight] + ([] if factors.bias is None else [factors.bias])
-    parts = [factors.w1, factors.w2]
-    return [tensor for part in parts for tensor in ([part] if isinstance(part, torch.Tensor) else part)]
+        parts = (factors.down, factors.up, factors.magnitude, factors.bias)
+    elif isinstance(factors, (LoKrFactors, LoHaFactors)):
+        parts = (factors.w1, factors.w2, factors.bias)
+    else:
+        parts = (factors.weight, factors.bias)
+    present = [part for part in parts if part is not None]
+    return [tensor for part in present for tensor in ([part] if isinstance(part, torch.Tensor) else part)]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from .._version import __version__
-from .factors import LoKrFactors, NormDelta, Weights
+from .factors import FullDelta, LoHaFactors, LoKrFactors, NormDelta, Weights
 
 _LEGACY_OFFSET, _LEGACY_LENGTH = 0x100000, 0x10000
 
@@ -21,10 +21,11 @@ def describe(weights: Weights) -> dict[str, str]:
     Ranks or alphas that differ between modules are written as "Dynamic", as sd-scripts' resize tool does. LoKr's are
     those it was configured with, 100000 and more for full matrices.
     """
-    linears = [factors for factors in weights.values() if not isinstance(factors, NormDelta)]
+    linears = [factors for factors in weights.values() if not isinstance(factors, (NormDelta, FullDelta))]
     dims = {factors.dim if isinstance(factors, LoKrFactors) else factors.rank for factors in linears}
     alphas = {factors.alpha for factors in linears}
-    kind = "lokr" if any(isinstance(factors, LoKrFactors) for factors in linears) else "lora"
+    kinds = {LoKrFactors: "lokr", LoHaFactors: "loha"}
+    kind = next((name for kind, name in kinds.items() if any(isinstance(factors, kind) for factors in linears)), "lora")
     text = {
         "ss_network_module": f"networks.{kind}_anima",
         "ss_base_model_version": "anima",

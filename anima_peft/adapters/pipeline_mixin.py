@@ -14,9 +14,9 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.loaders import AnimaLoraLoaderMixin
 
 from . import exchange, strengths
-from .formats import Format
 from .naming import TEXT_CONDITIONER, TRANSFORMER, Components
 from .strengths import Strength
+from .writing import Format
 
 
 class AnimaAdapterMixin(AnimaLoraLoaderMixin):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..adapters.formats import Format
+from ..adapters.writing import Format
 from ..transformer import AnimaTransformerModel
 from .metadata import MetadataWriter
 from .outputs import Outputs, files_to_drop, remove, state_folder

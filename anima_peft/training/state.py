@@ -15,9 +15,10 @@ from accelerate import Accelerator
 
 from ..adapters import exchange
 from ..adapters.factors import Weights, alike, summary
-from ..adapters.formats import parse
 from ..adapters.layers import write_weights
 from ..adapters.naming import ModuleTable
+from ..adapters.reading import parse
+from ..adapters.sources import read_adapter_file
 from ..errors import InputError
 from ..files import write_atomically
 from ..transformer import AnimaTransformerModel
@@ -61,8 +62,7 @@ def register(accelerator: Accelerator, model: AnimaTransformerModel, progress: P
         models.clear()
         table = ModuleTable(model.components)
         file = Path(folder) / ADAPTER_FILE
-        tensors, metadata = exchange.read_adapter_file(file)
-        weights = parse(tensors, metadata, table, str(file))
+        weights = parse(read_adapter_file(file), table)
         _require_same_network(model, weights, file)
         write_weights(model.components, weights, ADAPTER_NAME)
 

@@ -17,9 +17,9 @@ from diffusers.modular_pipelines.anima import AnimaAutoBlocks
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from anima_peft.adapters import exchange
-from anima_peft.adapters.formats import FORMATS
+from anima_peft.adapters import sources
 from anima_peft.adapters.lora import LoraConfig
+from anima_peft.adapters.writing import FORMATS
 from anima_peft.errors import InputError
 from anima_peft.transformer import AnimaTransformerModel
 from tests.adapters.adapting import (
@@ -302,7 +302,7 @@ def test_the_given_tensors_stay_the_givers(model: AnimaTransformerModel) -> None
 def test_loaded_factors_are_not_the_files(model: AnimaTransformerModel, tmp_path: Path) -> None:
     path, tensors = tmp_path / "adapter.safetensors", as_file(random_factors(model), "kohya")
     save_file(tensors, path)
-    read, _ = exchange.read_adapter_file(path)
+    read = sources.read_adapter_file(path).tensors
     model.load_lora_adapter(path)
     before = output(model)
     with path.open("r+b") as file:  # in place: a mapping of the file would see it
@@ -333,8 +333,8 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_files_are_found_as_in_diffusers(folder: Path, given: str, options: dict[str, str], found: str) -> None:
-    assert exchange.locate_adapter(folder / given, **options) == folder / found
-    assert exchange.locate_adapter(str(folder / given), **options) == folder / found
+    assert sources.locate_adapter(folder / given, **options) == folder / found
+    assert sources.locate_adapter(str(folder / given), **options) == folder / found
     tiny_model().load_lora_adapter(folder / given, **options)
 
 
@@ -347,14 +347,14 @@ def test_which_file_of_a_folder_must_be_said(folder: Path) -> None:
         ({"weight_name": "d.safetensors"}, r"found d\.safetensors|expected one"),
     ):
         with pytest.raises(InputError, match=message):
-            exchange.locate_adapter(folder, **options)
+            sources.locate_adapter(folder, **options)
 
 
 @pytest.mark.parametrize("given", ["nothing.safetensors", "folder/nothing.safetensors", "nothing", "a/b/c"])
 def test_what_is_no_repo_id_is_not_looked_for_on_the_hub(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "hf_hub_download", None)
+    monkeypatch.setattr(sources, "hf_hub_download", None)
     with pytest.raises(InputError, match="no such adapter file"):
-        exchange.locate_adapter(given)
+        sources.locate_adapter(given)
 
 
 def test_an_adapter_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +364,7 @@ def test_an_adapter_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         asked.append((repo, name, {key: value for key, value in options.items() if value}))
         return str(folder / "a.safetensors")
 
-    monkeypatch.setattr(exchange, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "hf_hub_download", download)
     model = tiny_model()
     model.load_lora_adapter("someone/adapter", "one")
     model.load_lora_adapter("someone/adapter", "two", weight_name="x.safetensors", subfolder="s", revision="r")
@@ -380,9 +380,9 @@ def test_the_hubs_refusal_is_one_clear_fault(monkeypatch: pytest.MonkeyPatch) ->
     def download(*_: Any, **__: Any) -> str:
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(exchange, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "hf_hub_download", download)
     with pytest.raises(InputError, match=r"someone/adapter: no such file here, and the hub cannot give it \(offline\)"):
-        exchange.locate_adapter("someone/adapter")
+        sources.locate_adapter("someone/adapter")
 
 
 def test_diffusers_metadata_is_pefts_config(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from anima_peft.adapters.exchange import read_adapter
 from anima_peft.adapters.factors import LoKrFactors, NormDelta
-from anima_peft.adapters.formats import FORMATS
 from anima_peft.adapters.layers import adapter_parameters, relative_delta
 from anima_peft.adapters.lokr import LoKrConfig
 from anima_peft.adapters.lora import LoraConfig
 from anima_peft.adapters.strengths import set_enabled
+from anima_peft.adapters.writing import FORMATS
 from anima_peft.transformer import AnimaTransformerModel
 from tests.adapters.adapting import (
     add_explicitly,

@@ -83,8 +83,8 @@ def test_norms_agree_with_lycoris() -> None:
     inject_adapter(LoraConfig(r=1, target_modules=["0"], train_norm=True), model)
     layer = model[1]
     with torch.no_grad():
-        layer.lora_norm["default"].copy_(theirs.w_norm)
-        layer.lora_norm_bias["default"].copy_(theirs.b_norm)
+        layer.lora_delta["default"].copy_(theirs.w_norm)
+        layer.lora_delta_bias["default"].copy_(theirs.b_norm)
     weight, bias = theirs.get_merged_weight(0.5)
     layer.set_scale("default", 0.5)
     x = torch.randn(3, 16)

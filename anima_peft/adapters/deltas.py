@@ -1,4 +1,4 @@
-"""Trainable norms: a delta on a norm's weight and bias that belongs to an adapter, as LoRA's factors do."""
+"""Deltas of weights and biases that belong to an adapter, as LoRA's factors do: on norms, and whole ones on linears."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
-NORM_TYPES = (torch.nn.RMSNorm, RMSNorm, torch.nn.LayerNorm)
+NORM_TYPES: tuple[type[torch.nn.Module], ...] = (torch.nn.RMSNorm, RMSNorm, torch.nn.LayerNorm)
 
 
 def is_affine_norm(module: torch.nn.Module) -> bool:
@@ -18,17 +18,17 @@ def is_affine_norm(module: torch.nn.Module) -> bool:
     return isinstance(module, NORM_TYPES) and getattr(module, "weight", None) is not None
 
 
-class NormLayer(torch.nn.Module, BaseTunerLayer):
-    """A norm whose weight is W + sum of s_i * delta_i over the active adapters (and its bias likewise).
+class DeltaLayer(torch.nn.Module, BaseTunerLayer):
+    """A norm or linear layer with weight W + sum of s_i * delta_i over the active adapters (and its bias likewise).
 
     The deltas' part is computed beside the base's and added to its output: a delta far below the base weight's own
     precision still counts, and while all deltas are zero the output is the base's to the last bit.
 
-    Deltas start at zero. They are named after the adapter's method (`lora_norm`, `lokr_norm`), by which PEFT knows
+    Deltas start at zero. They are named after the adapter's method (`lora_delta`, `lokr_delta`), by which PEFT knows
     that they belong to it.
     """
 
-    adapter_layer_names = ("lora_norm", "lora_norm_bias", "lokr_norm", "lokr_norm_bias")
+    adapter_layer_names = ("lora_delta", "lora_delta_bias", "lokr_delta", "lokr_delta_bias")
     other_param_names = ("scaling",)
 
     get_base_layer: Callable[[], Any]  # PEFT's; a type checker takes attributes of modules for tensors
@@ -43,25 +43,30 @@ class NormLayer(torch.nn.Module, BaseTunerLayer):
         self._active_adapter: Any = []
         self.merged_adapters: list[str] = []
 
-    def add_delta(self, adapter_name: str, method: str) -> None:
-        """Give an adapter its deltas, float32 zeros.
+    def add_delta(self, adapter_name: str, method: str, *, weight: bool = True, bias: bool | None = None) -> None:
+        """Give an adapter its deltas, zeros: float32 on a norm, in the dtype of the weight on a linear.
 
         Args:
             method: "lora" or "lokr".
+            weight: whether the weight has one.
+            bias: whether the bias has one; None: if there is a bias.
         """
         base: Any = self.get_base_layer()
-        for name, parameter in ((f"{method}_norm", base.weight), (f"{method}_norm_bias", getattr(base, "bias", None))):
+        dtype = base.weight.dtype if isinstance(base, torch.nn.Linear) else torch.float32
+        own_bias = getattr(base, "bias", None)
+        parts = {f"{method}_delta": base.weight if weight else None}
+        parts[f"{method}_delta_bias"] = own_bias if bias or bias is None else None
+        for name, parameter in parts.items():
             if parameter is not None:
-                delta = torch.zeros_like(parameter, dtype=torch.float32)
-                getattr(self, name)[adapter_name] = torch.nn.Parameter(delta)
+                getattr(self, name)[adapter_name] = torch.nn.Parameter(torch.zeros_like(parameter, dtype=dtype))
         self.scaling[adapter_name] = 1.0
 
     def delta(self, adapter_name: str) -> tuple[torch.nn.Parameter | None, torch.nn.Parameter | None]:
         """An adapter's deltas of weight and bias, unscaled."""
         for method in ("lora", "lokr"):
-            weights = getattr(self, f"{method}_norm")
-            if adapter_name in weights:
-                return weights[adapter_name], getattr(self, f"{method}_norm_bias").get(adapter_name)
+            weights, biases = getattr(self, f"{method}_delta"), getattr(self, f"{method}_delta_bias")
+            if adapter_name in weights or adapter_name in biases:
+                return weights.get(adapter_name), biases.get(adapter_name)
         return None, None
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
@@ -70,7 +75,7 @@ class NormLayer(torch.nn.Module, BaseTunerLayer):
             self.scaling[adapter_name] = scale
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the scaled deltas of the active adapters (or those named) to the norm's weight and bias.
+        """Add the scaled deltas of the active adapters (or those named) to the base's weight and bias.
 
         Raises:
             ValueError: with `safe_merge`, where the result is not finite.
@@ -79,7 +84,7 @@ class NormLayer(torch.nn.Module, BaseTunerLayer):
             if name not in self.scaling:
                 continue
             if safe_merge and not all(part.isfinite().all() for part in self.delta(name) if part is not None):
-                raise ValueError(f"The adapter {name} has a norm delta that is not finite.")
+                raise ValueError(f"The adapter {name} has a delta that is not finite.")
             self._add_to_base(name, self.scaling[name])
             self.merged_adapters.append(name)
 
@@ -103,20 +108,23 @@ class NormLayer(torch.nn.Module, BaseTunerLayer):
             return result
         active: list[str] = self.active_adapters  # type: ignore[assignment]
         for name in active:
-            weight, bias = self.delta(name)
-            if weight is not None:
-                scale = self.scaling[name]
-                delta = self._normalized(hidden_states, weight * scale, None if bias is None else bias * scale)
-                result = result + delta.to(result.dtype)
+            if name in self.scaling:
+                weight, bias = (None if part is None else part * self.scaling[name] for part in self.delta(name))
+                result = result + self._output(hidden_states, weight, bias).to(result.dtype)
         return result
 
-    def _normalized(self, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _output(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the base layer would give with these in the places of its weight and bias."""
         base: Any = self.get_base_layer()
         functional = torch.nn.functional
-        dtype = hidden_states.dtype
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
+        if weight is None:
+            assert bias is not None
+            return bias
+        if isinstance(base, torch.nn.Linear):
+            return functional.linear(x, weight, bias)
         shape = tuple(weight.shape)
         if isinstance(base, torch.nn.LayerNorm):
-            return functional.layer_norm(hidden_states, shape, weight, bias, base.eps)
-        normalized = functional.rms_norm(hidden_states, shape, weight, base.eps)
+            return functional.layer_norm(x, shape, weight, bias, base.eps)
+        normalized = functional.rms_norm(x, shape, weight, base.eps)
         return normalized if bias is None else normalized + bias

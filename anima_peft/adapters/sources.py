@@ -1,0 +1,116 @@
+"""Where adapter files are: paths, folders, hub repos; and reading them whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+
+from ..errors import InputError
+from ..models.checkpoints import read_header
+from .file_config import PEFT_CONFIG_NAME
+from .reading import AdapterFile
+
+DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_FILE_NAME = "adapter_model.safetensors"
+_MOST_CONFIG_BYTES = 2**24
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
+
+
+def read_source(source: Source, **where: Any) -> AdapterFile:
+    """All that there is to read of an adapter.
+
+    Args:
+        source: safetensors file; folder or hub repo with one; or a mapping from key to tensor.
+        where: `weight_name`, `subfolder` and the hub's options; see `locate_adapter`.
+
+    Raises:
+        InputError: the file is missing or is not safetensors, or the config beside it cannot be read.
+    """
+    if isinstance(source, Mapping):
+        return AdapterFile("the given tensors", source)
+    return read_adapter_file(locate_adapter(source, **where))
+
+
+def locate_adapter(
+    source: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """The local safetensors file for a path, a folder or a hub repo id; the options are diffusers' and the hub's.
+
+    Raises:
+        InputError: nothing there, several files to choose from, or the hub refuses.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path / subfolder if subfolder else path
+        # Not hidden ones: a file that is being written is called so.
+        found = [folder / weight_name] if weight_name else sorted(folder.glob("[!.]*.safetensors"))
+        if len(found) == 1 and found[0].is_file():
+            return found[0]
+        names = ", ".join(file.name for file in found) or "none"
+        raise InputError(f"{folder}: expected one .safetensors file, found {names}; give weight_name.")
+    repo = os.fspath(source)
+    if repo.count("/") != 1 or repo.endswith(".safetensors"):
+        raise InputError(f"{repo}: no such adapter file.")
+    fetch = partial(
+        hf_hub_download,
+        repo,
+        subfolder=subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    try:
+        path = Path(fetch(weight_name or DIFFUSERS_FILE_NAME))
+        if path.name == PEFT_FILE_NAME:
+            fetch(PEFT_CONFIG_NAME)  # lands beside it
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"{repo}: no such file here, and the hub cannot give it ({error}).") from error
+    return path
+
+
+def read_adapter_file(path: Path) -> AdapterFile:
+    """All tensors, the text metadata and PEFT's config, if there is one, of a safetensors file.
+
+    Raises:
+        InputError: the file is missing or is not safetensors, or the config beside it cannot be read.
+    """
+    checkpoint = read_header(path)
+    config = _read_peft_config(path.with_name(PEFT_CONFIG_NAME)) if path.name == PEFT_FILE_NAME else None
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in checkpoint.shapes}
+    return AdapterFile(str(path), tensors, dict(checkpoint.metadata), config)
+
+
+def _read_peft_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None  # the keys may be of another style, which needs none
+    try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise ValueError("it is too large")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no table of options")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not a PEFT config ({error}).") from error
+    return config
