@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .downloads import complete_tokenizer, default_folder
 from .folders import PARTS, fetch_folder
-
-_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)")  # a mistyped file is not looked for on the hub
+from .hub_folders import REPO_ID, HubFolder
+from .tokenizers import QWEN, T5, TokenizerKind
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def locate_model(
     path = Path(path_or_repo).expanduser()
     if path.exists():
         return path
-    if not _REPO_ID.fullmatch(os.fspath(path_or_repo)):
+    if not REPO_ID.fullmatch(os.fspath(path_or_repo)):
         raise InputError(
             f"{path_or_repo}: no such file or folder. Expected a .safetensors file with DiT and `llm_adapter`, a "
             "diffusers folder, or a hub repo id such as circlestone-labs/Anima-Base-v1.0-Diffusers."
@@ -66,27 +66,31 @@ def resolve_sources(
     qwen: str | os.PathLike[str] | None = None,
     qwen_tokenizer_dir: str | os.PathLike[str] | None = None,
     t5_tokenizer_dir: str | os.PathLike[str] | None = None,
+    qwen_tokenizer_sources: Sequence[HubFolder] = (),
+    t5_tokenizer_sources: Sequence[HubFolder] = (),
 ) -> ModelSources:
-    """Find every part, and report all that is missing together.
+    """Find every part, and report all that is missing together; only then a tokenizer is fetched.
 
     A diffusers folder or repo brings all parts; the other options then override single ones. A single file brings
     the DiT and the conditioner only. `qwen` as a folder brings its own tokenizer unless `qwen_tokenizer_dir` is given.
 
+    Args:
+        anima_transformer: single file, diffusers folder or hub repo id.
+        vae: file or folder.
+        qwen: file or folder.
+        qwen_tokenizer_dir: folder.
+        t5_tokenizer_dir: folder.
+        qwen_tokenizer_sources: where Qwen's tokenizer is fetched from if its folder is missing or incomplete, or if it
+            is needed and no folder is given (see `downloads.default_folder`); empty fetches nothing.
+        t5_tokenizer_sources: the same for the T5 tokenizer.
+
     Raises:
-        InputError: one or more parts are not given or not there, each named by its option.
+        InputError: one or more parts are not given or not there, each named by its option, or cannot be fetched.
     """
     faults: list[str] = []
-    base: Path | None = None
-    try:
-        base = locate_model(anima_transformer)
-    except InputError as error:
-        faults.append(f"anima_transformer: {error}")
-    if base is not None and base.is_dir() and not is_diffusers_folder(base):
-        faults.append(
-            f"anima_transformer: {base} is a folder without `transformer/config.json` and "
-            "`text_conditioner/config.json`; give a diffusers folder or a single .safetensors file."
-        )
+    base = _locate_base(anima_transformer, faults)
     folder = base if base is not None and base.is_dir() else None
+    to_complete: list[tuple[TokenizerKind, Path, Sequence[HubFolder]]] = []
 
     def part(option: str, given: str | os.PathLike[str] | None, subfolder: str, missing_hint: str) -> Path:
         if given is None and folder is not None:
@@ -101,14 +105,42 @@ def resolve_sources(
             faults.append(f"{option}: no such file or folder: {path}")
         return path
 
+    def tokenizer(
+        kind: TokenizerKind, given: str | os.PathLike[str] | None, sources: Sequence[HubFolder], subfolder: str
+    ) -> Path:
+        if not sources or (given is None and (base is None or folder is not None)):
+            return part(kind.option, given, subfolder, f"give the folder of the {kind.name} tokenizer")
+        path = default_folder(kind, sources[0]) if given is None else Path(given).expanduser()
+        if path.exists() and not path.is_dir():
+            faults.append(f"{kind.option}: expected a folder, got a file: {path}")
+        to_complete.append((kind, path, sources))
+        return path
+
     vae_path = part("vae", vae, "vae", "give qwen_image_vae.safetensors")
     text_encoder = part("qwen", qwen, "text_encoder", "give qwen_3_06b_base.safetensors or a Qwen3 folder")
     if qwen_tokenizer_dir is None and qwen is not None and text_encoder.is_dir():
-        qwen_tokenizer_dir = text_encoder
-    hint = "give the folder of Qwen3's tokenizer (qwen is a single file, which holds none)"
-    tokenizer = part("qwen_tokenizer_dir", qwen_tokenizer_dir, "tokenizer", hint)
-    t5_tokenizer = part("t5_tokenizer_dir", t5_tokenizer_dir, "t5_tokenizer", "give the folder of the T5 tokenizer")
+        tokenizer_path = text_encoder
+    else:
+        tokenizer_path = tokenizer(QWEN, qwen_tokenizer_dir, qwen_tokenizer_sources, "tokenizer")
+    t5_tokenizer_path = tokenizer(T5, t5_tokenizer_dir, t5_tokenizer_sources, "t5_tokenizer")
     if faults:
         raise InputError.from_faults("The model cannot be put together:", faults)
     assert base is not None
-    return ModelSources(base, vae_path, text_encoder, tokenizer, t5_tokenizer)
+    for kind, path, sources in to_complete:
+        complete_tokenizer(kind, path, sources)
+    return ModelSources(base, vae_path, text_encoder, tokenizer_path, t5_tokenizer_path)
+
+
+def _locate_base(anima_transformer: str | os.PathLike[str], faults: list[str]) -> Path | None:
+    """The file or folder that brings the DiT; what is wrong with it is added to the faults."""
+    try:
+        base = locate_model(anima_transformer)
+    except InputError as error:
+        faults.append(f"anima_transformer: {error}")
+        return None
+    if base.is_dir() and not is_diffusers_folder(base):
+        faults.append(
+            f"anima_transformer: {base} is a folder without `transformer/config.json` and "
+            "`text_conditioner/config.json`; give a diffusers folder or a single .safetensors file."
+        )
+    return base
