@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, get_token
@@ -119,12 +119,13 @@ def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Ma
 
     wanted = {name: str(PurePosixPath(source.subfolder, name)) for name in kind.files}
     try:
-        snapshot_download(
-            source.repo_id,
-            revision=source.revision or "master",
-            local_dir=str(folder),
-            allow_patterns=[glob.escape(path) for path in wanted.values()],
-        )
+        with _quiet("modelscope", "modelscope_hub"):
+            snapshot_download(
+                source.repo_id,
+                revision=source.revision or "master",
+                local_dir=str(folder),
+                allow_patterns=[glob.escape(path) for path in wanted.values()],
+            )
     except Exception as error:  # modelscope's releases have no base class in common
         raise _NotFetchedError(_cause(error)) from error
     fetched = {name: folder / path for name, path in wanted.items() if (folder / path).is_file()}
@@ -136,6 +137,20 @@ _FETCH: Mapping[Hub, Callable[[TokenizerKind, HubFolder, Path], Mapping[str, Pat
     Hub.HUGGING_FACE: _from_hugging_face,
     Hub.MODELSCOPE: _from_modelscope,
 }
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Without the libraries' logs, which repeat a server's answer as it is: with the token, if the server echoes it."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [quiet.level for quiet in loggers]
+    for quiet in loggers:
+        quiet.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for quiet, level in zip(loggers, levels, strict=True):
+            quiet.setLevel(level)
 
 
 def _require_enough(
@@ -193,6 +208,8 @@ def _cause(error: BaseException) -> str:
     """A library's error in one line, without the user's tokens, which a server may echo."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # it wraps what happened in advice about caches
+    if isinstance(error, json.JSONDecodeError):
+        return "the hub answered with something else than JSON, such as the page of a proxy or a login"
     text = " ".join(f"{type(error).__name__}: {error}".split())
     for token in (get_token(), os.environ.get("MODELSCOPE_API_TOKEN")):
         text = text.replace(token, "***") if token else text

@@ -89,7 +89,7 @@ def parse_hub_folder(
     """
     if "://" not in text:
         if not REPO_ID.fullmatch(text):
-            raise InputError(f'{_EXPECTED}, got "{text}"')
+            raise InputError(_EXPECTED if "@" in text else f'{_EXPECTED}, got "{text}"')
         return HubFolder(hub, text, revision, _inside_repo(subfolder))
 
     try:
