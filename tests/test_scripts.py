@@ -293,6 +293,9 @@ def test_generate_overwrites_nothing(
     [
         (["--adapter", "x.safetensors=strong"], "no number"),
         (["--compare"], "--compare has no effect"),
+        (["--t5_tokenizer_dir", "gone"], "t5_tokenizer_dir: gone holds no T5 tokenizer"),
+        (["--t5_tokenizer_dir", "gone", "--no-auto_download_t5_tokenizer"], "no such file or folder: gone"),
+        (["--qwen_tokenizer_dir", "gone", "--no-auto_download_qwen_tokenizer"], "no such file or folder: gone"),
         (["--device", "abacus"], "--device abacus: cannot be used here"),
         (["--device", "cpu", "--offload"], "--offload has no effect on the CPU"),
         (["--adapter", "gone.safetensors"], "gone.safetensors"),

@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..errors import InputError
-from .hub_folders import Hub, HubFolder
+from .hub_folders import REPO_ID, Hub, HubFolder, parse_hub_folder
 from .tokenizers import TokenizerKind, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,22 @@ def default_folder(kind: TokenizerKind, source: HubFolder) -> Path:
     return Path(
         constants.HF_ASSETS_CACHE, "anima_peft", kind.option.removesuffix("_dir"), "--".join(filter(None, parts))
     )
+
+
+def locate_tokenizer(kind: TokenizerKind, folder_or_repo: str | os.PathLike[str]) -> Path:
+    """The folder for a path, a hub repo id or an address; of the latter two the tokenizer is in `default_folder`.
+
+    Raises:
+        InputError: the hub does not serve, or the address is of another host.
+    """
+    text = os.fspath(folder_or_repo)
+    path = Path(text).expanduser()
+    if path.exists() or not ("://" in text or REPO_ID.fullmatch(text)):
+        return path
+    source = parse_hub_folder(text)
+    folder = default_folder(kind, source)
+    complete_tokenizer(kind, folder, [source])
+    return folder
 
 
 def complete_tokenizer(kind: TokenizerKind, folder: Path, sources: Sequence[HubFolder]) -> None:

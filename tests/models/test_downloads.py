@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from anima_peft.errors import InputError
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.models import downloads
-from anima_peft.models.downloads import complete_tokenizer, default_folder
+from anima_peft.models.downloads import complete_tokenizer, default_folder, locate_tokenizer
 from anima_peft.models.hub_folders import download_order, parse_hub_folder
 from anima_peft.models.sources import resolve_sources
 from anima_peft.models.tokenizers import QWEN, T5, load_qwen_tokenizer, load_t5_tokenizer
@@ -250,3 +250,19 @@ def test_nothing_is_fetched_before_all_faults_are_told(hubs: HubServer, tmp_path
     assert hubs.asked == []
     assert not (tmp_path / "t5").exists()
     assert not (tmp_path / "assets").exists()
+
+
+def test_a_folder_a_repo_or_an_address(hubs: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("o/r").mkdir(parents=True)
+    assert locate_tokenizer(QWEN, "o/r") == Path("o/r")  # what is here is not looked for elsewhere
+    assert locate_tokenizer(QWEN, "no/such/folder") == Path("no/such/folder")
+    assert hubs.asked == []
+    assert len(load_qwen_tokenizer(locate_tokenizer(QWEN, "owner/name"))) > 200
+    address = "https://modelscope.cn/models/o/r/tree/v2/tokenizer"
+    folder = locate_tokenizer(T5, address)
+    assert folder == tmp_path / "assets" / "anima_peft" / "t5_tokenizer" / "o--r--tokenizer--v2"
+    assert len(load_t5_tokenizer(folder)) > 50
+    hubs.asked.clear()
+    assert locate_tokenizer(T5, address) == folder
+    assert hubs.asked == []
