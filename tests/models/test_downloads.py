@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from anima_peft.models.downloads import complete_tokenizer, default_folder, loca
 from anima_peft.models.hub_folders import download_order, parse_hub_folder
 from anima_peft.models.sources import resolve_sources
 from anima_peft.models.tokenizers import QWEN, T5, load_qwen_tokenizer, load_t5_tokenizer
-from tests.hub_server import HubServer, hub_server
+from tests.hub_server import HTML, HubServer, hub_server
 
 T5_FILES = ["tokenizer.json", "tokenizer_config.json"]  # of the miniature
 
@@ -68,9 +69,12 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("fault", [None, "redirect"])
-def test_hugging_face_comes_first(hubs: HubServer, tmp_path: Path, fault: str | None, caplog) -> None:
+def test_hugging_face_comes_first(
+    hubs: HubServer, tmp_path: Path, fault: str | None, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if fault:
         hubs.faults["hf file"] = fault
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))  # moving in must not cross file systems
     folder = tmp_path / "模型 with spaces" / "t5"
     complete_tokenizer(T5, folder, T5.sources)
     assert sorted(content_of(folder)) == T5_FILES
@@ -175,7 +179,7 @@ def test_the_other_models_tokenizer_and_an_html_page_are_not_taken(hubs: HubServ
     for name, content, cause in (
         ("tokenizer.json", hubs.files["hf"]["tokenizer.json"], "belongs to another model"),
         ("tokenizer.json", page, "came as an HTML page"),
-        ("spiece.model", page, "came as an HTML page"),
+        ("spiece.model", HTML, "came as an HTML page"),
         ("config.json", b"{", "something else than JSON"),
     ):
         kept = dict(hubs.files[hub])
