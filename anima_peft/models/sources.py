@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,60 +87,76 @@ def resolve_sources(
     Raises:
         InputError: one or more parts are not given or not there, each named by its option, or cannot be fetched.
     """
-    faults: list[str] = []
-    base = _locate_base(anima_transformer, faults)
-    folder = base if base is not None and base.is_dir() else None
-    to_complete: list[tuple[TokenizerKind, Path, Sequence[HubFolder]]] = []
+    search = _Search()
+    search.locate_base(anima_transformer)
+    vae_path = search.part("vae", vae, "vae", "give qwen_image_vae.safetensors")
+    text_encoder = search.part("qwen", qwen, "text_encoder", "give qwen_3_06b_base.safetensors or a Qwen3 folder")
+    if qwen_tokenizer_dir is None and qwen is not None and text_encoder.is_dir():
+        tokenizer = text_encoder
+    else:
+        tokenizer = search.tokenizer(QWEN, qwen_tokenizer_dir, qwen_tokenizer_sources, "tokenizer")
+    t5_tokenizer = search.tokenizer(T5, t5_tokenizer_dir, t5_tokenizer_sources, "t5_tokenizer")
+    if search.faults:
+        raise InputError.from_faults("The model cannot be put together:", search.faults)
+    assert search.base is not None
+    search.complete_tokenizers()
+    return ModelSources(search.base, vae_path, text_encoder, tokenizer, t5_tokenizer)
 
-    def part(option: str, given: str | os.PathLike[str] | None, subfolder: str, missing_hint: str) -> Path:
-        if given is None and folder is not None:
-            given = folder / subfolder
+
+@dataclass
+class _Search:
+    """What was found so far, and all that is wrong with it."""
+
+    base: Path | None = None
+    faults: list[str] = field(default_factory=list)
+    to_complete: list[tuple[TokenizerKind, Path, Sequence[HubFolder]]] = field(default_factory=list)
+
+    def locate_base(self, anima_transformer: str | os.PathLike[str]) -> None:
+        """Find the file or folder that brings the DiT."""
+        try:
+            self.base = locate_model(anima_transformer)
+        except InputError as error:
+            self.faults.append(f"anima_transformer: {error}")
+            return
+        if self.base.is_dir() and not is_diffusers_folder(self.base):
+            self.faults.append(
+                f"anima_transformer: {self.base} is a folder without `transformer/config.json` and "
+                "`text_conditioner/config.json`; give a diffusers folder or a single .safetensors file."
+            )
+
+    def part(self, option: str, given: str | os.PathLike[str] | None, subfolder: str, missing_hint: str) -> Path:
+        """A part's path: what was given, else the subfolder of a diffusers folder."""
+        if given is None and self.base is not None and self.base.is_dir():
+            given = self.base / subfolder
         if given is None:
             # Without a base nothing is known about the layout; its own fault is enough.
-            if base is not None:
-                faults.append(f"{option}: required, since anima_transformer is a single file: {missing_hint}")
+            if self.base is not None:
+                self.faults.append(f"{option}: required, since anima_transformer is a single file: {missing_hint}")
             return Path()
         path = Path(given).expanduser()
         if not path.exists():
-            faults.append(f"{option}: no such file or folder: {path}")
+            self.faults.append(f"{option}: no such file or folder: {path}")
         return path
 
     def tokenizer(
-        kind: TokenizerKind, given: str | os.PathLike[str] | None, sources: Sequence[HubFolder], subfolder: str
+        self, kind: TokenizerKind, given: str | os.PathLike[str] | None, sources: Sequence[HubFolder], subfolder: str
     ) -> Path:
-        if not sources or (given is None and (base is None or folder is not None)):
-            return part(kind.option, given, subfolder, f"give the folder of the {kind.name} tokenizer")
+        """A tokenizer's folder, which need not be there where it may be fetched."""
+        if not sources or (given is None and (self.base is None or self.base.is_dir())):
+            return self.part(kind.option, given, subfolder, f"give the folder of the {kind.name} tokenizer")
         path = default_folder(kind, sources[0]) if given is None else Path(given).expanduser()
         if path.exists() and not path.is_dir():
-            faults.append(f"{kind.option}: expected a folder, got a file: {path}")
-        to_complete.append((kind, path, sources))
+            self.faults.append(f"{kind.option}: expected a folder, got a file: {path}")
+        self.to_complete.append((kind, path, sources))
         return path
 
-    vae_path = part("vae", vae, "vae", "give qwen_image_vae.safetensors")
-    text_encoder = part("qwen", qwen, "text_encoder", "give qwen_3_06b_base.safetensors or a Qwen3 folder")
-    if qwen_tokenizer_dir is None and qwen is not None and text_encoder.is_dir():
-        tokenizer_path = text_encoder
-    else:
-        tokenizer_path = tokenizer(QWEN, qwen_tokenizer_dir, qwen_tokenizer_sources, "tokenizer")
-    t5_tokenizer_path = tokenizer(T5, t5_tokenizer_dir, t5_tokenizer_sources, "t5_tokenizer")
-    if faults:
-        raise InputError.from_faults("The model cannot be put together:", faults)
-    assert base is not None
-    for kind, path, sources in to_complete:
-        complete_tokenizer(kind, path, sources)
-    return ModelSources(base, vae_path, text_encoder, tokenizer_path, t5_tokenizer_path)
-
-
-def _locate_base(anima_transformer: str | os.PathLike[str], faults: list[str]) -> Path | None:
-    """The file or folder that brings the DiT; what is wrong with it is added to the faults."""
-    try:
-        base = locate_model(anima_transformer)
-    except InputError as error:
-        faults.append(f"anima_transformer: {error}")
-        return None
-    if base.is_dir() and not is_diffusers_folder(base):
-        faults.append(
-            f"anima_transformer: {base} is a folder without `transformer/config.json` and "
-            "`text_conditioner/config.json`; give a diffusers folder or a single .safetensors file."
-        )
-    return base
+    def complete_tokenizers(self) -> None:
+        """Fetch what the tokenizers' folders lack."""
+        failures = []
+        for kind, path, sources in self.to_complete:
+            try:
+                complete_tokenizer(kind, path, sources)
+            except InputError as error:
+                failures.append(str(error))
+        if failures:
+            raise InputError("\n".join(failures))

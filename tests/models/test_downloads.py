@@ -256,6 +256,16 @@ def test_nothing_is_fetched_before_all_faults_are_told(hubs: HubServer, tmp_path
     assert not (tmp_path / "assets").exists()
 
 
+def test_two_tokenizers_that_cannot_be_fetched_are_told_together(hubs: HubServer, tmp_path: Path, single_files) -> None:
+    hubs.files = {"hf": {}, "ms": {}}
+    fetching = {"qwen_tokenizer_sources": QWEN.sources, "t5_tokenizer_sources": T5.sources}
+    with pytest.raises(InputError) as report:
+        resolve_sources(tmp_path / "anima.safetensors", **single_files, **fetching)
+    assert "holds no Qwen tokenizer" in str(report.value)
+    assert "holds no T5 tokenizer" in str(report.value)
+    assert not (tmp_path / "assets").exists()
+
+
 def test_a_folder_a_repo_or_an_address(hubs: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("o/r").mkdir(parents=True)
