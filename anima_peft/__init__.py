@@ -5,6 +5,7 @@ Importing this package registers `AnimaPipeline` with diffusers, so that `Diffus
 """
 
 from ._version import __version__
+from .adapters.anywhere import delete_adapters, load_adapter, set_adapters, unload_adapters
 from .adapters.exchange import inject_adapter
 from .adapters.lokr import LoKrConfig
 from .adapters.lora import LoraConfig
@@ -22,5 +23,9 @@ __all__ = [
     "LoraConfig",
     "TrainingError",
     "__version__",
+    "delete_adapters",
     "inject_adapter",
+    "load_adapter",
+    "set_adapters",
+    "unload_adapters",
 ]

@@ -19,11 +19,19 @@ DONE, FAILED, FAULTY_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. Heavy imports wait until the command is known."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"train": _train, "generate": _generate, "miniature": _miniature}
+    commands = {
+        "train": _train,
+        "generate": _generate,
+        "inspect": _inspect,
+        "convert": _convert,
+        "miniature": _miniature,
+    }
     parser = argparse.ArgumentParser(prog="anima-peft", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subparsers.add_parser("train", help="train an adapter", add_help=False)
     subparsers.add_parser("generate", help="draw pictures, with or without adapters", add_help=False)
+    subparsers.add_parser("inspect", help="say what is in adapter files", add_help=False)
+    subparsers.add_parser("convert", help="write an adapter file in another style", add_help=False)
     subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
     known, rest = parser.parse_known_args(argv[:1])
     return report_faults(lambda: commands[known.command](rest + argv[1:]))
@@ -95,6 +103,18 @@ def _generate(argv: Sequence[str]) -> None:
     from .generate_command import generate
 
     generate(argv)
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    from .adapter_commands import inspect_command
+
+    inspect_command(argv)
+
+
+def _convert(argv: Sequence[str]) -> None:
+    from .adapter_commands import convert_command
+
+    convert_command(argv)
 
 
 if __name__ == "__main__":

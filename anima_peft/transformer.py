@@ -14,6 +14,7 @@ from diffusers import AnimaTextConditioner, ConfigMixin, CosmosTransformer3DMode
 from diffusers.configuration_utils import register_to_config
 
 from .adapters import exchange, strengths
+from .adapters.hotswap import reserve
 from .adapters.naming import TEXT_CONDITIONER, TRANSFORMER, Components, base_weights
 from .adapters.strengths import Strength
 from .adapters.writing import Format
@@ -191,9 +192,15 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
         """Put a new adapter on the model for training; see `adapters.exchange.add_adapter`."""
         return exchange.add_adapter(self.components, config, adapter_name)
 
-    def load_lora_adapter(self, source: exchange.Source, adapter_name: str | None = "default", **hub: Any) -> str:
+    def load_lora_adapter(
+        self, source: exchange.Source, adapter_name: str | None = "default", *, hotswap: bool = False, **hub: Any
+    ) -> str:
         """Load an adapter of any supported format; see `adapters.exchange.load_adapter`."""
-        return exchange.load_adapter(self.components, source, adapter_name, **hub)
+        return exchange.load_adapter(self.components, source, adapter_name, hotswap=hotswap, **hub)
+
+    def enable_lora_hotswap(self, target_rank: int = 128) -> None:
+        """Leave room for this rank in adapters loaded from now on; see `adapters.hotswap.reserve`."""
+        reserve(self.components, target_rank)
 
     def save_lora_adapter(
         self,

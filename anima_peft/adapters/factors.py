@@ -296,6 +296,19 @@ def describe_factors(factors: Factors) -> str:
     return f"{kind} of rank {factors.rank} and scale {factors.scale:g}{with_bias}"
 
 
+def tensors_of(factors: Factors) -> list[torch.Tensor]:
+    """All tensors of a module's factors, in a fixed order."""
+    parts: tuple[Factor | None, ...]
+    if isinstance(factors, LoraFactors):
+        parts = (factors.down, factors.up, factors.magnitude, factors.bias)
+    elif isinstance(factors, (LoKrFactors, LoHaFactors)):
+        parts = (factors.w1, factors.w2, factors.bias)
+    else:
+        parts = (factors.weight, factors.bias)
+    present = [part for part in parts if part is not None]
+    return [tensor for part in present for tensor in ([part] if isinstance(part, torch.Tensor) else part)]
+
+
 def product(factor: Factor) -> torch.Tensor:
     """The matrix (m, n) that a factor stands for."""
     return factor if isinstance(factor, torch.Tensor) else factor[0] @ factor[1]

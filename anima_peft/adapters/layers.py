@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from .deltas import DeltaLayer
-from .factors import Factor, Factors, FullDelta, LoHaFactors, LoKrFactors, LoraFactors, NormDelta, Weights
+from .factors import Factors, FullDelta, LoraFactors, NormDelta, Weights, tensors_of
 from .loha import LoHaLinear
 from .lokr import LoKrLinear
 from .naming import Components, ModuleName, ModuleTable
@@ -82,8 +82,8 @@ def write_weights(components: Components, weights: Weights, adapter_name: str) -
         by_path = {name.path: factors for name, factors in weights.items() if name.component == component}
         for path, layer in adapter_layers_of(model, adapter_name):
             if path in by_path:
-                targets = _tensors(_read(layer, adapter_name))
-                sources = _tensors(_share_of(layer, by_path[path]))
+                targets = tensors_of(_read(layer, adapter_name))
+                sources = tensors_of(_share_of(layer, by_path[path]))
                 # All that can fail, for want of memory, comes before the first copy.
                 pairs += [(a, b.to(a.device, a.dtype)) for a, b in zip(targets, sources, strict=True)]
     with torch.no_grad():
@@ -128,16 +128,3 @@ def _read(layer: Any, adapter_name: str) -> Factors:
         return FullDelta(weight, bias)
     assert weight is not None
     return NormDelta(weight, bias)
-
-
-def _tensors(factors: Factors) -> list[torch.Tensor]:
-    """All tensors of a module's factors, in a fixed order."""
-    parts: tuple[Factor | None, ...]
-    if isinstance(factors, LoraFactors):
-        parts = (factors.down, factors.up, factors.magnitude, factors.bias)
-    elif isinstance(factors, (LoKrFactors, LoHaFactors)):
-        parts = (factors.w1, factors.w2, factors.bias)
-    else:
-        parts = (factors.weight, factors.bias)
-    present = [part for part in parts if part is not None]
-    return [tensor for part in present for tensor in ([part] if isinstance(part, torch.Tensor) else part)]

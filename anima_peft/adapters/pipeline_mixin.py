@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders import AnimaLoraLoaderMixin
 
 from . import exchange, strengths
-from .naming import TEXT_CONDITIONER, TRANSFORMER, Components
+from .anywhere import components_of, without_offloading
+from .hotswap import reserve
+from .naming import Components
 from .strengths import Strength
 from .writing import Format
 
@@ -24,13 +23,14 @@ class AnimaAdapterMixin(AnimaLoraLoaderMixin):
 
     @property
     def _adapted(self) -> Components:
-        parts = {TRANSFORMER: self.transformer, TEXT_CONDITIONER: self.text_conditioner}  # type: ignore[attr-defined]
-        return {name: model for name, model in parts.items() if model is not None}
+        return components_of(self)
 
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: exchange.Source,
         adapter_name: str | None = None,
+        *,
+        hotswap: bool = False,
         **hub: Any,
     ) -> None:
         """Load an adapter file; it acts at once with strength 1.0, beside those already active.
@@ -38,13 +38,21 @@ class AnimaAdapterMixin(AnimaLoraLoaderMixin):
         Args:
             pretrained_model_name_or_path_or_dict: safetensors file, folder, hub repo id, or key -> tensor.
             adapter_name: name for `set_adapters`; by default `default_0`, `default_1`, …
+            hotswap: replace the weights of the loaded adapter `adapter_name`; a compiled model is not compiled again.
             hub: weight_name, subfolder, revision, token, cache_dir, local_files_only.
 
         Raises:
-            InputError: a key is not understood, or nothing belongs to Anima; the model is then as it was.
+            InputError: a key is not understood, nothing belongs to Anima, or (hotswap) the file does not fit; the model
+                is then as it was.
         """
-        with self._without_offloading():
-            exchange.load_adapter(self._adapted, pretrained_model_name_or_path_or_dict, adapter_name, **hub)
+        with without_offloading(self):
+            exchange.load_adapter(
+                self._adapted, pretrained_model_name_or_path_or_dict, adapter_name, hotswap=hotswap, **hub
+            )
+
+    def enable_lora_hotswap(self, target_rank: int = 128) -> None:  # type: ignore[override]  # nothing else to set
+        """Before the first adapter is loaded: leave room for this rank, so that others can be swapped in."""
+        reserve(self._adapted, target_rank)
 
     def save_lora_weights(  # type: ignore[override]  # the stock mixin has none; other pipelines take layers here
         self,
@@ -78,7 +86,7 @@ class AnimaAdapterMixin(AnimaLoraLoaderMixin):
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters; the others stay as they are."""
-        with self._without_offloading():
+        with without_offloading(self):
             strengths.delete_adapters(self._adapted, adapter_names)
 
     def disable_lora(self) -> None:
@@ -93,34 +101,17 @@ class AnimaAdapterMixin(AnimaLoraLoaderMixin):
         self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None
     ) -> None:
         """Add adapters to the base weights, so that they cost no time; see `strengths.fuse`."""
-        with self._without_offloading():
+        with without_offloading(self):
             strengths.fuse(self._adapted, lora_scale, adapter_names)
         self._merged_adapters = strengths.fused_adapters(self._adapted)
 
     def unfuse_lora(self) -> None:  # type: ignore[override]
         """Subtract fused adapters again; see `strengths.unfuse` for how exact that is."""
-        with self._without_offloading():
+        with without_offloading(self):
             strengths.unfuse(self._adapted)
         self._merged_adapters = set()
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters; weights that were not fused are then bit for bit the base's."""
-        with self._without_offloading():
+        with without_offloading(self):
             strengths.unload(self._adapted)
-
-    @contextmanager
-    def _without_offloading(self) -> Iterator[None]:
-        """Layers are put in and taken out while no offloading hook hides the weights (diffusers does the same)."""
-        model_offload, sequential_offload, group_offload = self._optionally_disable_offloading(self)
-        again: list[Callable[[], None]] = []
-        if model_offload:
-            again = [self.enable_model_cpu_offload]  # type: ignore[attr-defined]
-        elif sequential_offload:
-            again = [self.enable_sequential_cpu_offload]  # type: ignore[attr-defined]
-        elif group_offload:
-            again = [partial(_maybe_remove_and_reapply_group_offloading, model) for model in self._adapted.values()]
-        try:
-            yield
-        finally:
-            for enable in again:
-                enable()

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
 from ..models.names import CONDITIONER_PREFIX
-from .naming import TEXT_CONDITIONER, TRANSFORMER, Components
+from .naming import TEXT_CONDITIONER, TEXT_ENCODER, TRANSFORMER, Components
 
 Strength = float | Mapping[str, float]
 """One number, or numbers by place: a component (`transformer`), or a block (`transformer_blocks.3`, `blocks.3`)."""
@@ -92,6 +92,26 @@ def set_adapters(
             layer.set_scale(name, strength.at(component, path))
 
 
+def set_strength(components: Components, name: str, strength: Strength) -> None:
+    """Set one adapter's strength, whatever else acts.
+
+    Raises:
+        InputError: see `check`.
+    """
+    resolved = _Strengths(strength, components)
+    for component, path, layer in adapter_layers(components):
+        layer.set_scale(name, resolved.at(component, path))
+
+
+def check(strength: Strength, components: Components) -> None:
+    """Refuse what is no strength.
+
+    Raises:
+        InputError: not a finite number, or a place that is not in the model.
+    """
+    _Strengths(strength, components)
+
+
 class _Strengths:
     """A strength resolved to one number for each layer."""
 
@@ -118,7 +138,7 @@ class _Strengths:
 
 
 def _full_place(place: str) -> str:
-    if place in (TRANSFORMER, TEXT_CONDITIONER) or place.startswith((f"{TRANSFORMER}.", f"{TEXT_CONDITIONER}.")):
+    if place.partition(".")[0] in (TRANSFORMER, TEXT_CONDITIONER, TEXT_ENCODER):
         return place
     if place.startswith(CONDITIONER_PREFIX):
         return f"{TEXT_CONDITIONER}.{place.removeprefix(CONDITIONER_PREFIX)}"
