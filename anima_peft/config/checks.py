@@ -67,9 +67,9 @@ def check_warmup(steps: float) -> None:
 
 
 def check_cached(cached: bool) -> None:
-    """Raises InputError where caching is turned off, which this version cannot do."""
+    """Raises InputError where caches are wanted in memory only."""
     if not cached:
-        raise InputError("false is not supported in this version: latents and captions are always cached on disk")
+        raise InputError("false is not supported in this version: what is cached is always on disk")
 
 
 def check_effects(options: Iterable[Option], found: Mapping[str, Found], faults: Faults) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data.buckets import SIDE_MULTIPLE
-from ..data.specs import DatasetSpec, SubsetSpec
+from ..data.pixels import INTERPOLATIONS
+from ..data.specs import CaptionSpec, DatasetSpec, SubsetSpec
 from ..errors import InputError
 from . import foreign
-from .checks import check_required, missing_effect, value_of
+from .captions import CAPTION_OPTIONS, CaptionKeys, unheeded
+from .checks import missing_effect, value_of
 from .options import Needs, Option, option, options_of
 from .reading import FAULTY, Faults, as_number, nearest, shown
 from .schema import Found, Given, Schema
@@ -52,6 +54,7 @@ def _check_steps(steps: int) -> None:
 
 _BUCKETED = Needs("enable_bucket", unless=(False,), hint="set enable_bucket = true or remove it")
 _BOUNDED = Needs("bucket_no_upscale", unless=(True,))
+_BOUNDED_ALONE = "with bucket_no_upscale = true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,18 @@ class DatasetKeys:
         DatasetSpec.bucket_no_upscale, only_with=(_BUCKETED,), help="Never enlarge a picture to fill a bucket."
     )
 
+    skip_image_resolution: tuple[int, int] | None = option(
+        DatasetSpec.skip_image_resolution,
+        convert=parse_resolution,
+        help="Leave out pictures whose area is not larger than this: a side, or width,height.",
+    )
+    resize_interpolation: str | None = option(
+        DatasetSpec.resize_interpolation,
+        choices=tuple(INTERPOLATIONS),
+        synonyms={"linear": "bilinear", "cubic": "bicubic"},
+        help="Filter for every resize. Unset, areas are averaged to shrink a picture, and Lanczos enlarges it.",
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchKeys:
@@ -97,7 +112,7 @@ class BatchKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubsetKeys:
+class SubsetKeys(CaptionKeys):
     """Pictures, where the dataset TOML does not say: captions and repeats."""
 
     num_repeats: int = option(
@@ -110,24 +125,57 @@ class SubsetKeys:
         SubsetSpec.caption_extension,
         aliases=("caption_extention",),  # sd-scripts takes its old misspelling too
         convert=_with_dot,
+        only_with=(Needs("metadata_file", values=(None,)),),
         help="Suffix of the caption files.",
     )
     class_tokens: str | None = option(SubsetSpec.class_tokens, help="Caption of a picture that has no caption file.")
     flip_aug: bool = option(SubsetSpec.flip_aug, help="Also train on mirrored pictures.")
+    color_aug: bool = option(
+        SubsetSpec.color_aug,
+        help="Turn the hue or change the gamma of a third of the samples a little. Such pictures pass through the VAE "
+        "in every step.",
+    )
+    random_crop: bool = option(
+        SubsetSpec.random_crop,
+        help="Crop at a random place instead of the middle. Pictures that are cropped then pass through the VAE in "
+        "every step.",
+    )
+    alpha_mask: bool = option(
+        SubsetSpec.alpha_mask,
+        only_with=(Needs("conditioning_data_dir", values=(None,), hint="keep one of them"),),
+        help="Weight the loss by the pictures' opacity.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceKeys:
     """What only a subset has."""
 
-    image_dir: str = option(is_path=True, help="Folder of the pictures.")
+    image_dir: str | None = option(
+        None, is_path=True, help="Folder of the pictures; with metadata_file, where its relative paths start."
+    )
+    metadata_file: str | None = option(
+        None, is_path=True, help="JSON or JSON Lines file that names pictures and their captions and tags."
+    )
+    conditioning_data_dir: str | None = option(
+        None,
+        is_path=True,
+        help="Folder of masks under the pictures' names, white where the loss counts; needs masked_loss.",
+    )
+    is_reg: bool = option(
+        SubsetSpec.is_reg,
+        help="A regularisation set: repeated to the size of the rest of its dataset, and weighted by "
+        "prior_loss_weight.",
+    )
 
 
 _DATASET_OPTIONS = (*options_of(DatasetKeys), *options_of(BatchKeys))
 _SUBSET_OPTIONS = options_of(SubsetKeys)
 _PLACE_OPTIONS = options_of(PlaceKeys)
+_PATHS = ("image_dir", "metadata_file", "conditioning_data_dir")
 _SUBSETS_BELONG = {"subsets": "belongs into a [[datasets]] table, as [[datasets.subsets]]"}
-_PLACE_BELONGS = {"image_dir": "belongs into [[datasets.subsets]]"}
+_PLACE_BELONGS = {option.name: "belongs into [[datasets.subsets]]" for option in _PLACE_OPTIONS}
+_ALL_OPTIONS = {option.name: option for option in (*_DATASET_OPTIONS, *_SUBSET_OPTIONS, *_PLACE_OPTIONS)}
 
 _GENERAL = Schema(
     (*_DATASET_OPTIONS, *_SUBSET_OPTIONS), foreign.CAPTION_AND_PICTURE_OPTIONS, {**_PLACE_BELONGS, **_SUBSETS_BELONG}
@@ -171,15 +219,17 @@ def read_datasets(
             levels.new_child(_read_table(_SUBSET, subset, subset_path, faults))
             for subset_path, subset in _tables(table, "subsets", f"{path}.subsets", faults)
         ]
-        for index, subset_levels in enumerate(below):
-            check_required(_PLACE_OPTIONS, subset_levels, faults, prefix=f"{path}.subsets[{index}].")
+        _check_places(below, path, faults)
         _check_geometry(levels, path, faults)
         datasets.append(levels)
         subsets.extend(below)
         if not faults.texts:
             specs.append(_dataset_spec(levels, below))
-    _check_bucket_effects(datasets, faults)
-    warnings = [*_squeeze_warnings(datasets), *_check_fallback(fallback, datasets, subsets, faults)]
+    warnings = [
+        *_check_levels(datasets, subsets, faults),
+        *_squeeze_warnings(datasets),
+        *_check_fallback(fallback, datasets, subsets, faults),
+    ]
     return tuple(specs), tuple(warnings)
 
 
@@ -209,9 +259,36 @@ def _values(options: tuple[Option, ...], levels: Levels) -> dict[str, Any]:
 
 
 def _dataset_spec(levels: Levels, subsets: list[Levels]) -> DatasetSpec:
-    folders = (_values((*_SUBSET_OPTIONS, *_PLACE_OPTIONS), subset) for subset in subsets)
-    specs = tuple(SubsetSpec(**{**folder, "image_dir": Path(folder["image_dir"])}) for folder in folders)
-    return DatasetSpec(subsets=specs, **_values(_DATASET_OPTIONS, levels))
+    return DatasetSpec(subsets=tuple(_subset_spec(subset) for subset in subsets), **_values(_DATASET_OPTIONS, levels))
+
+
+def _subset_spec(levels: Levels) -> SubsetSpec:
+    values = _values((*_SUBSET_OPTIONS, *_PLACE_OPTIONS), levels)
+    captions = CaptionSpec(**{option.name: values.pop(option.name) for option in CAPTION_OPTIONS})
+    paths = {name: Path(values[name]) for name in _PATHS if values[name] is not None}
+    return SubsetSpec(**{**values, **paths}, captions=captions)
+
+
+def _check_places(subsets: list[Levels], path: str, faults: Faults) -> None:
+    """Report subsets without pictures, and those of a dataset that name the same pictures."""
+    seen: dict[tuple[object, object], int] = {}
+    for index, levels in enumerate(subsets):
+        place = tuple(value_of(_ALL_OPTIONS[name], levels) for name in ("image_dir", "metadata_file"))
+        if FAULTY in place:
+            continue
+        if place == (None, None):
+            faults.add(
+                f"{path}.subsets[{index}].image_dir",
+                f"required where there is no metadata_file, but not given. {_ALL_OPTIONS['image_dir'].rules.help}",
+            )
+        elif place in seen:
+            faults.add(
+                f"{path}.subsets[{index}]",
+                f"names the same pictures as {path}.subsets[{seen[place]}]; sd-scripts ignores the second. Raise "
+                "num_repeats of one, or put the other into a [[datasets]] of its own",
+            )
+        else:
+            seen[place] = index
 
 
 def _check_geometry(levels: Levels, path: str, faults: Faults) -> None:
@@ -244,23 +321,33 @@ def _check_geometry(levels: Levels, path: str, faults: Faults) -> None:
         fault("resolution", f"expected at most max_bucket_reso = {high}, got {shown(sides)}; raise max_bucket_reso")
 
 
-def _check_bucket_effects(datasets: list[Levels], faults: Faults) -> None:
-    """Report bucket keys that no dataset heeds; one in [general] may serve some datasets and not others."""
-    options = {option.name: option for option in _DATASET_OPTIONS}
+def _check_levels(datasets: list[Levels], subsets: list[Levels], faults: Faults) -> list[str]:
+    """Report options that nothing heeds; one in [general] may serve some datasets or subsets and not others.
+
+    Returns:
+        Warnings: sd-scripts' documentation sets bounds of buckets beside bucket_no_upscale, where they do nothing.
+    """
     without: dict[str, str] = {}
+    harmless: dict[str, str] = {}
     heeded: set[str] = set()
-    for levels in datasets:
-        for name in options.keys() & levels.keys():
-            given = levels[name]
-            if given.value is FAULTY or given.value == options[name].default:
+    places = [(_DATASET_OPTIONS, dataset) for dataset in datasets]
+    places += [((*_SUBSET_OPTIONS, *_PLACE_OPTIONS), subset) for subset in subsets]
+    for options, levels in places:
+        texts = dict(unheeded(_ALL_OPTIONS, levels)) if options is not _DATASET_OPTIONS else {}
+        for declared in options:
+            given = levels.get(declared.name)
+            if given is None or given.value is FAULTY or given.value == declared.default:
                 continue
-            text = missing_effect(options[name], options, levels)
-            if text:
-                without[given.path] = text
-            else:
+            text = texts.get(declared.name) or missing_effect(declared, _ALL_OPTIONS, levels)
+            if not text:
                 heeded.add(given.path)
+            elif _BOUNDED in declared.rules.only_with and _BOUNDED_ALONE in text:
+                harmless[given.path] = text
+            else:
+                without[given.path] = text
     for path in sorted(without.keys() - heeded):
         faults.add(path, without[path])
+    return [f"{path} {harmless[path]}." for path in sorted(harmless.keys() - heeded)]
 
 
 def _check_fallback(
@@ -268,14 +355,13 @@ def _check_fallback(
 ) -> list[str]:
     """Report dataset keys of the train args that every dataset overrides; returns warnings for harmless ones."""
     warnings = []
-    options = {option.name: option for option in (*_DATASET_OPTIONS, *_SUBSET_OPTIONS)}
     for name, given in fallback.items():
         places = subsets if name in _SUBSET.options else datasets
         values = [place[name].value for place in places]
         if given.value is FAULTY or not places or given.value in values or FAULTY in values:
             continue
         text = f"has no effect, because the dataset TOML sets {places[0][name].path} = {shown(places[0][name].value)}"
-        if given.value != options[name].default:
+        if given.value != _ALL_OPTIONS[name].default:
             faults.add(given.path, f"{text}; change it there")
         elif given.path.startswith("--"):
             warnings.append(f"{given.path} {shown(given.value)} {text}.")

@@ -12,7 +12,6 @@ _COMPUTE = "remove it; mixed_precision sets the type, and adapter weights are ke
 _ATTENTION = "remove it; PyTorch's own attention is used unless xformers = true"
 _DATASET = "describe the pictures in the dataset TOML (image_dir, num_repeats)"
 _CACHES = "remove it; caches follow the content of pictures and captions"
-_CAPTIONS = "remove it; captions are used as they are written"
 _NOISE = "remove it; the noise is plain Gaussian"
 _LOSS = "remove it; the loss is the unweighted mean squared error"
 _OTHER_MODELS = "remove it; it is for other models"
@@ -25,7 +24,7 @@ _TRAIN_GROUPS = (
     ("text_encoder_lr network_train_text_encoder_only", _FROZEN),
     ("network_train_unet_only", _FROZEN),
     ("weighting_scheme logit_mean logit_std mode_scale min_snr_gamma debiased_estimation_loss loss_type", _LOSS),
-    ("huber_c huber_scale huber_schedule masked_loss prior_loss_weight v_pred_like_loss", _LOSS),
+    ("huber_c huber_scale huber_schedule v_pred_like_loss", _LOSS),
     ("scale_v_pred_loss_like_noise_pred", _LOSS),
     ("noise_offset anima_noise_offset noise_offset_random_strength adaptive_noise_scale", _NOISE),
     ("multires_noise_iterations multires_noise_discount ip_noise_gamma ip_noise_gamma_random_strength", _NOISE),
@@ -54,7 +53,7 @@ _TRAIN_GROUPS = (
     ("lowram highvram disable_mmap_load_safetensors", _REMOVE),
     ("ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph deepspeed zero_stage", _REMOVE),
     ("skip_cache_check cache_info", _CACHES),
-    ("train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir debug_dataset", _DATASET),
+    ("train_data_dir reg_data_dir in_json dataset_class debug_dataset", _DATASET),
     ("initial_epoch initial_step skip_until_initial_step", "use resume"),
     ("t5_tokenizer_validate_strict", "remove it; a tokenizer is always validated"),
     ("anima_monitor_memory anima_monitor_memory_warn_ratio", "remove it; peak memory is always logged"),
@@ -63,14 +62,8 @@ _TRAIN_GROUPS = (
 )
 
 _CAPTION_GROUPS = (
-    ("shuffle_caption keep_tokens keep_tokens_separator secondary_separator caption_separator", _CAPTIONS),
-    ("enable_wildcard caption_prefix caption_suffix caption_dropout_rate caption_dropout_every_n_epochs", _CAPTIONS),
-    ("caption_tag_dropout_rate token_warmup_min token_warmup_step", _CAPTIONS),
-    ("color_aug random_crop face_crop_aug_range", "remove it; flip_aug is the one augmentation"),
-    ("alpha_mask is_reg conditioning_data_dir", _REMOVE),
-    ("resize_interpolation", "remove it; area averaging shrinks and Lanczos enlarges"),
+    ("face_crop_aug_range", "use random_crop"),
     ("validation_split validation_seed network_multiplier", _REMOVE),
-    ("metadata_file", "use image_dir with a caption file beside each picture"),
     ("cache_info", _CACHES),
 )
 
@@ -97,7 +90,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "huber_c": (0.1,),
     "huber_scale": (1.0,),
     "huber_schedule": ("snr",),
-    "prior_loss_weight": (1.0,),
     "multires_noise_discount": (0.3,),
     "max_timestep": (1000,),
     "sample_sampler": ("ddim",),
@@ -108,8 +100,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "anima_monitor_memory": (True,),
     "initial_epoch": (1,),
     "fused": (True,),
-    "caption_separator": (",",),
-    "token_warmup_min": (1,),
     "network_multiplier": (1.0,),
 }
 

@@ -16,6 +16,7 @@ from .command_line import FileOptions, help_text, make_parser, read_flags
 from .dataset import BatchKeys, DatasetKeys, SubsetKeys, read_datasets
 from .files import read_toml
 from .options import Kind, Option, Rules, options_of
+from .picture_loss import check_picture_loss
 from .reading import FAULTY, Faults, shown
 from .schema import Found, Given, Schema
 from .train import ARGUMENT_LISTS, DEFAULT_TRAIN_STEPS, TrainOptions
@@ -44,7 +45,10 @@ _TRAIN_ARGS = Schema(
         **_INSIDE,
         "config_file": "belongs on the command line",
         "batch_size": "belongs into the dataset TOML; here it is train_batch_size",
-        "image_dir": "belongs into the dataset TOML, which --dataset_config names",
+        **dict.fromkeys(
+            ("image_dir", "metadata_file", "conditioning_data_dir", "is_reg"),
+            "belongs into the dataset TOML, which --dataset_config names",
+        ),
     },
 )
 _ARGUMENTS = {
@@ -130,6 +134,8 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     warnings: tuple[str, ...] = ()
     if dataset_config is not None:
         datasets, warnings = _datasets(dataset_config, found, faults)
+        if datasets:
+            check_picture_loss(found, datasets, faults)
     if faults.texts or dataset_config is None:
         raise _report(faults, config_file, dataset_config)
     train = _train_options(found)

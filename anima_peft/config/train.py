@@ -14,6 +14,7 @@ from .checks import (
 )
 from .model import ModelOptions
 from .options import Needs, option
+from .picture_loss import PictureLossOptions
 from .prompts import MAX_SEED, PromptLine, parse_prompt_line
 
 DEFAULT_TRAIN_STEPS = 1600  # sd-scripts' length of a run for which neither steps nor epochs are named
@@ -209,13 +210,20 @@ class LoopOptions:
         help="Keep the loading processes alive between epochs.",
     )
     vae_batch_size: int = option(1, minimum=1, help="Pictures that the VAE encodes at once.")
-    cache_latents: bool = option(True, check=check_cached, help="Always on: latents are encoded once and kept.")
-    cache_latents_to_disk: bool = option(True, check=check_cached, help="Always on: latents are kept on disk.")
-    cache_text_encoder_outputs: bool = option(
-        True, check=check_cached, help="Always on: captions are encoded once and kept."
+    cache_latents: bool = option(
+        True,
+        help="Encode latents once and keep them, but for what color_aug and random_crop vary; otherwise the VAE stays "
+        "in memory and encodes in every step.",
+    )
+    cache_latents_to_disk: bool = option(True, check=check_cached, help="Always on: kept latents are on disk.")
+    cache_text_encoder_outputs: bool | None = option(
+        None,
+        help="Encode every caption of the run before it and keep it, however captions vary; otherwise the text "
+        "encoder stays in memory and encodes in every step. Unset, captions are kept unless they would take more than "
+        "8 GiB.",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
-        True, check=check_cached, help="Always on: encoded captions are kept on disk."
+        True, check=check_cached, help="Always on: kept captions are on disk."
     )
     cache_dir: str | None = option(
         None, is_path=True, help="Folder of the caches; unset, .anima_cache in each picture folder."
@@ -298,6 +306,7 @@ class TrainOptions:
     model: ModelOptions
     network: NetworkOptions
     flow: FlowOptions
+    picture_loss: PictureLossOptions
     optimizer: OptimizerOptions
     loop: LoopOptions
     save: SaveOptions

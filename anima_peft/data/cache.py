@@ -121,6 +121,26 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: this cache entry is missing or damaged ({error}); start anew to renew it") from error
 
 
+def read_unchanged(path: Path, sha256: str) -> bytes:
+    """The bytes of a file that was looked at before.
+
+    Encoding takes long: a file edited meanwhile must not be kept under the name of what it was.
+
+    Raises:
+        InputError: it cannot be read any more, or its sha256 is another.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this file any more ({error.strerror or error})") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InputError(
+            f"{path}: this file changed after it was checked; start anew, and if that does not help, remove "
+            f"{INDEX_NAME} from its cache folder"
+        )
+    return data
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What is remembered of a file while its size and time of change stay the same."""

@@ -12,7 +12,10 @@ Letters: B pictures in a batch, C latent channels, H and W height and width of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,14 +26,16 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from .cache import TensorCache, cache_folder, cache_key, require_writable
+from .masks import MaskSource, load_mask
 from .pictures import Picture, load_pixels
 
 # Raise one when the way from a source to its entry changes: decoding, resizing, what is stored.
 LATENTS_FORMAT = 1
 TEXT_FORMAT = 1
+MASK_FORMAT = 1
 VAE_FACTOR = 8
-# Which of a picture's caption variants an entry holds; there is one, the caption as it stands.
-_VARIANT = 0
+_VARIANT = 0  # part of the keys of text since a caption had one encoding only
+_DECODED_AHEAD = 2  # batches
 
 LatentEncoder = Callable[[torch.Tensor], torch.Tensor]
 """Pixels (B, 3, H, W) float32 in [-1, 1], on the CPU -> normalised latents (B, C, H/8, W/8)."""
@@ -48,6 +53,18 @@ class LatentFiles:
     plain: Path
     flipped: Path | None
     """Of the mirrored picture; None where it is not wanted."""
+
+
+@dataclass(frozen=True)
+class _Latent:
+    """What one entry of latents is made from."""
+
+    picture: Picture
+    flip: bool
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        return self.picture.placement.bucket
 
 
 @dataclass(frozen=True)
@@ -90,33 +107,36 @@ class _Plan(Generic[File, Source]):
         """How many entries have to be encoded."""
         return len(self._missing)
 
+    def _batches(self, batch_size: int, group: Callable[[Source], Hashable]) -> list[list[_Missing[Source]]]:
+        """The missing entries in their order; a batch holds one `group` only."""
+        batches = []
+        for _, alike in groupby(self._missing, key=lambda item: group(item.source)):
+            members = list(alike)
+            batches += [members[start : start + batch_size] for start in range(0, len(members), batch_size)]
+        return batches
+
     def _fill(
         self,
-        make: Callable[[list[Source]], Sequence[Mapping[str, torch.Tensor]]],
-        batch_size: int,
-        group: Callable[[Source], Hashable],
+        made: Iterable[tuple[list[_Missing[Source]], Sequence[Mapping[str, torch.Tensor]]]],
         name: Callable[[Source], str],
         bar: tqdm,
     ) -> None:
-        """Make and write the missing entries in their order; a batch holds one `group` only."""
-        missing = self._missing
+        """Write entries as they are made, batch by batch."""
         with bar:
-            while missing:
-                _, alike = next(groupby(missing[:batch_size], key=lambda item: group(item.source)))
-                batch = list(alike)
-                for item, tensors in zip(batch, make([item.source for item in batch]), strict=True):
+            for batch, entries in made:
+                for item, tensors in zip(batch, entries, strict=True):
                     if not all(tensor.isfinite().all() for tensor in tensors.values()):
                         raise InputError(f"{name(item.source)}: encoding gives infinities or NaNs; try a wider dtype")
                     item.cache.write(item.key, tensors)
-                del missing[: len(batch)]
+                del self._missing[: len(batch)]
                 bar.update(len(batch))
 
 
-class LatentsPlan(_Plan[LatentFiles, tuple[Picture, bool]]):
+class LatentsPlan(_Plan[LatentFiles | None, _Latent]):
     """Which latents a run needs: `files` for each picture in the order given, and how many are `missing`."""
 
     def encode(self, encode: LatentEncoder, *, batch_size: int = 1, progress: bool = True) -> None:
-        """Make the missing latents, in batches of one bucket.
+        """Make the missing latents, in batches of one bucket; threads decode the pictures of the next ones meanwhile.
 
         Each entry is kept as soon as its batch is encoded: after an interruption, a new plan goes on from there.
 
@@ -125,26 +145,70 @@ class LatentsPlan(_Plan[LatentFiles, tuple[Picture, bool]]):
                 written.
         """
 
-        def make(sources: list[tuple[Picture, bool]]) -> list[dict[str, torch.Tensor]]:
-            pixels = torch.stack([load_pixels(picture, flip) for picture, flip in sources])
+        def latents_of(pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
             latents = encode(pixels)
             batch, _, height, width = pixels.shape
             expected = (batch, latents.shape[1], height // VAE_FACTOR, width // VAE_FACTOR)
             assert latents.shape == expected, f"{tuple(latents.shape)} instead of {expected}"
             return [{"latents": row} for row in latents.float().cpu()]
 
-        self._missing.sort(key=lambda item: item.source[0].placement.bucket)
+        self._missing.sort(key=lambda item: item.source.bucket)
+        batches = self._batches(batch_size, lambda source: source.bucket)
+        # Threads, and not processes: decoding and resizing leave Python's lock, and nothing has to be pickled.
+        pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        try:
+            self._fill(
+                ((batch, latents_of(torch.stack(rows))) for batch, rows in _decoded_ahead(batches, pool)),
+                name=lambda source: str(source.picture.path),
+                bar=_bar("caching latents", "picture", self.missing, progress),
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decoded_ahead(
+    batches: Iterable[list[_Missing[_Latent]]], pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[_Missing[_Latent]], list[torch.Tensor]]]:
+    """Each batch with its pictures' pixels, while those of the next batches are decoded."""
+    queue: deque[tuple[list[_Missing[_Latent]], list[Future[torch.Tensor]]]] = deque()
+    for batch in batches:
+        queue.append((batch, [pool.submit(load_pixels, item.source.picture, item.source.flip) for item in batch]))
+        if len(queue) > _DECODED_AHEAD:
+            ready, futures = queue.popleft()
+            yield ready, [future.result() for future in futures]
+    for ready, futures in queue:
+        yield ready, [future.result() for future in futures]
+
+
+class MasksPlan(_Plan[Path | None, Picture]):
+    """Which masks a run needs: `files` for each picture in the order given, None for one without."""
+
+    def encode(self, *, progress: bool = True) -> None:
+        """Make the missing masks; each entry holds `mask` (1, H/8, W/8) float32, not mirrored.
+
+        Raises:
+            InputError: a mask cannot be decoded any more, or the cache cannot be written.
+        """
+
+        def made() -> Iterator[tuple[list[_Missing[Picture]], list[dict[str, torch.Tensor]]]]:
+            for item in list(self._missing):
+                source = item.source.mask
+                assert source is not None
+                yield [item], [{"mask": load_mask(source, item.source.placement)}]
+
         self._fill(
-            make,
-            batch_size,
-            group=lambda source: source[0].placement.bucket,
-            name=lambda source: str(source[0].path),
-            bar=_bar("caching latents", "picture", self.missing, progress),
+            made(),
+            name=lambda picture: str(picture.path),
+            bar=_bar("caching masks", "mask", self.missing, progress),
         )
 
 
 class CaptionsPlan(_Plan[Path, str]):
-    """Which captions a run needs encoded: `files` for each picture in the order given, and how many are `missing`."""
+    """Which captions a run needs encoded: `of_caption`, the file of each, and how many are `missing`."""
+
+    def __init__(self, of_caption: Mapping[str, Path], missing: list[_Missing[str]]) -> None:
+        super().__init__(tuple(of_caption.values()), missing)
+        self.of_caption = dict(of_caption)
 
     def encode(self, encode: CaptionEncoder, *, batch_size: int = 1, progress: bool = True) -> None:
         """Make the missing encodings; a caption that several pictures share is encoded once.
@@ -156,10 +220,9 @@ class CaptionsPlan(_Plan[Path, str]):
         """
         # Captions of like length together, the longest first: little padding, and memory that runs out does so soon.
         self._missing.sort(key=lambda item: -len(item.source))
+        batches = self._batches(batch_size, lambda caption: None)
         self._fill(
-            encode,
-            batch_size,
-            group=lambda caption: None,
+            ((batch, encode([item.source for item in batch])) for batch in batches),
             name=lambda caption: f"caption {caption!r}",
             bar=_bar("caching captions", "caption", self.missing, progress),
         )
@@ -167,6 +230,8 @@ class CaptionsPlan(_Plan[Path, str]):
 
 def plan_latents(pictures: Sequence[Picture], *, model: str, cache_dir: Path | None = None) -> LatentsPlan:
     """Look up the latents of each picture, and of its mirror image where `flip_aug` wants it.
+
+    A picture that varies from sample to sample has none (None).
 
     Args:
         pictures: from `scan`.
@@ -176,10 +241,12 @@ def plan_latents(pictures: Sequence[Picture], *, model: str, cache_dir: Path | N
     Raises:
         InputError: something is missing and the cache folder cannot be written.
     """
-    wanted: _Wanted[tuple[Picture, bool]] = _Wanted()
+    wanted: _Wanted[_Latent] = _Wanted()
 
     def add(picture: Picture, flip: bool) -> Path:
         cache = TensorCache(cache_folder(picture.path.parent, cache_dir), "latents")
+        # Only where it is set, so that entries from before it could be set are found.
+        filter_of_resize = {} if picture.interpolation is None else {"interpolation": picture.interpolation}
         key = cache_key(
             format=LATENTS_FORMAT,
             model=model,
@@ -188,20 +255,54 @@ def plan_latents(pictures: Sequence[Picture], *, model: str, cache_dir: Path | N
             resized=picture.placement.resized,
             crop=picture.placement.crop,
             flip=flip,
+            **filter_of_resize,
         )
-        return wanted.add(cache, key, (picture, flip))
+        return wanted.add(cache, key, _Latent(picture, flip))
 
-    files = [LatentFiles(add(picture, False), add(picture, True) if picture.flip_aug else None) for picture in pictures]
-    return LatentsPlan(files, wanted.missing)
+    def files_of(picture: Picture) -> LatentFiles | None:
+        if picture.varies:
+            return None
+        return LatentFiles(add(picture, False), add(picture, True) if picture.flip_aug else None)
+
+    return LatentsPlan([files_of(picture) for picture in pictures], wanted.missing)
+
+
+def plan_masks(pictures: Sequence[Picture], *, cache_dir: Path | None = None) -> MasksPlan:
+    """Look up the mask of each picture that has one; a picture cut out at random has no kept one (None).
+
+    Raises:
+        InputError: something is missing and the cache folder cannot be written.
+    """
+    wanted: _Wanted[Picture] = _Wanted()
+
+    def add(picture: Picture, mask: MaskSource) -> Path:
+        key = cache_key(
+            format=MASK_FORMAT,
+            mask=mask.sha256,
+            from_alpha=mask.from_alpha,
+            bucket=picture.placement.bucket,
+            resized=picture.placement.resized,
+            crop=picture.placement.crop,
+        )
+        return wanted.add(TensorCache(cache_folder(picture.path.parent, cache_dir), "masks"), key, picture)
+
+    kept = [picture.mask if not picture.varies else None for picture in pictures]
+    return MasksPlan(
+        [add(picture, mask) if mask else None for picture, mask in zip(pictures, kept, strict=True)], wanted.missing
+    )
 
 
 def plan_captions(
-    pictures: Sequence[Picture], *, model: str, options: Mapping[str, Any], cache_dir: Path | None = None
+    captions: Iterable[tuple[Picture, str]],
+    *,
+    model: str,
+    options: Mapping[str, Any],
+    cache_dir: Path | None = None,
 ) -> CaptionsPlan:
-    """Look up the encoded caption of each picture.
+    """Look up encoded captions.
 
     Args:
-        pictures: from `scan`.
+        captions: all that are needed, each with a picture beside which it may be kept.
         model: fingerprint of everything in the text models that decides their output: weights, tokenizers.
         options: what else decides it, of JSON's types: longest length, dtype, which tensors are kept.
         cache_dir: the cache folder of all pictures; None means one beside the pictures.
@@ -210,13 +311,12 @@ def plan_captions(
         InputError: something is missing and the cache folder cannot be written.
     """
     wanted: _Wanted[str] = _Wanted()
-    files = []
-    for picture in pictures:
-        cache = TensorCache(cache_folder(picture.path.parent, cache_dir), "text")
-        key = cache_key(
-            format=TEXT_FORMAT, model=model, options=dict(options), caption=picture.caption, variant=_VARIANT
-        )
-        files.append(wanted.add(cache, key, picture.caption))
+    files: dict[str, Path] = {}
+    for picture, caption in captions:
+        if caption not in files:
+            cache = TensorCache(cache_folder(picture.path.parent, cache_dir), "text")
+            key = cache_key(format=TEXT_FORMAT, model=model, options=dict(options), caption=caption, variant=_VARIANT)
+            files[caption] = wanted.add(cache, key, caption)
     return CaptionsPlan(files, wanted.missing)
 
 

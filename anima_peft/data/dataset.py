@@ -1,82 +1,62 @@
 """Training samples out of the cache, in batches of one bucket, the same on every machine and with any workers.
 
 Everything random about a sample derives from (seed, epoch, index of the sample): a run that is interrupted, or that
-uses other numbers of processes and workers, sees the same noise, sigma and mirroring.
+uses other numbers of processes and workers, sees the same noise, sigma, mirroring and captions.
 
-Letters: B samples in a batch, C latent channels, h and w height and width of the latents (an eighth of the bucket's),
-L rows of text, N Qwen tokens, M T5 tokens, D text width.
+Letters: B samples in a batch, C latent channels, H and W height and width of a bucket in pixels, h and w those of the
+latents (an eighth), L rows of text, N Qwen tokens, M T5 tokens, D text width, P samples whose pixels are not encoded.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from .cache import read_entry
-from .caching import LatentFiles
-from .pictures import Picture
+from .caching import VAE_FACTOR, LatentFiles
+from .caption_choice import CaptionChoice
+from .masks import load_mask
+from .pictures import Picture, load_pixels
+from .randomness import mix, sample_generator, sample_random
+from .variation import draw_variation
 
 # The conditioner pads its output with zero rows to at least this many, and the DiT attends to them.
 # Source: huggingface/diffusers, AnimaTextConditioner, minimum output length.
 MIN_PROMPT_ROWS = 512
+LATENT_CHANNELS = 16
 
 Group = tuple[int, tuple[int, int]]
 """(index of the dataset, bucket as (width, height)): samples of one group may share a batch."""
+Sample = dict[str, Any]
+"""Named tensors, and perhaps the text of the `caption`."""
 
 
-def sample_generator(seed: int, epoch: int, index: int, purpose: str = "") -> torch.Generator:
-    """A CPU generator for one sample of one epoch, independent of process, worker and order.
+class SampleKey(NamedTuple):
+    """Which sample is asked for; all count from 0."""
 
-    Its seed is the first 63 bits of the sha256 of "seed/epoch/index/purpose"; torch's CPU generator heeds the lower 32
-    of them, so that among very many samples two may share their noise, which does no harm. Each purpose ("noise",
-    "sigma", …) has a stream of its own, so that a draw added for one leaves the others as they were.
-    """
-    return torch.Generator().manual_seed(_mix(seed, epoch, index, purpose))
+    epoch: int
+    sample: int
+    batch: int = 0
+    """The number of its batch in the epoch: how far the run is, for captions that grow."""
 
 
-class CachedDataset(Dataset[dict[str, torch.Tensor]]):
-    """Samples by (epoch, index): each picture `num_repeats` times, in the order of the pictures.
+@dataclass(frozen=True)
+class SampleTable:
+    """The samples of an epoch: each picture `num_repeats` times, in the order of the pictures."""
 
-    A sample holds:
-        latents: (C, h, w) float32; the mirrored picture's in half of the cases where `flip_aug` is on.
-        noise: (C, h, w) float32, standard normal.
-        sigma: () float32, from `draw_sigma`.
-        the picture's text tensors, as they were cached.
+    pictures: tuple[Picture, ...]
 
-    Args:
-        pictures: from `scan`.
-        latents: for each picture its latents, `LatentsPlan.files`; all exist.
-        captions: for each picture its text, `CaptionsPlan.files`; all exist.
-        seed: of the run.
-        draw_sigma: from a generator and the latents' (h, w), a sigma in [0, 1]; can be pickled where worker
-            processes are spawned.
-
-    Raises:
-        InputError: on indexing, where a cache file is missing or damaged.
-    """
-
-    def __init__(
-        self,
-        pictures: Sequence[Picture],
-        latents: Sequence[LatentFiles],
-        captions: Sequence[Path],
-        *,
-        seed: int,
-        draw_sigma: Callable[[torch.Generator, tuple[int, int]], float],
-    ) -> None:
-        self.pictures = tuple(pictures)
-        self.picture_of_sample = [i for i, picture in enumerate(pictures) for _ in range(picture.num_repeats)]
+    @property
+    def picture_of_sample(self) -> list[int]:
         """For each sample, the number of its picture."""
-        self._files = tuple(zip(latents, captions, strict=True))
-        assert len(self._files) == len(self.pictures)
-        self._seed = seed
-        self._draw_sigma = draw_sigma
+        return [i for i, picture in enumerate(self.pictures) for _ in range(picture.num_repeats)]
 
     @property
     def groups(self) -> list[Group]:
@@ -89,49 +69,162 @@ class CachedDataset(Dataset[dict[str, torch.Tensor]]):
         """The batch size of each dataset, by its index."""
         return {picture.dataset_index: picture.batch_size for picture in self.pictures}
 
+
+class CachedDataset(Dataset[Sample]):
+    """Samples by `SampleKey`.
+
+    A sample holds:
+        latents: (C, h, w) float32; the mirrored picture's in half of the cases where `flip_aug` is on.
+        pixels: (3, H, W) float32 in [-1, 1], where the latents are not kept; `latents` is zero there.
+        noise: (C, h, w) float32, standard normal.
+        sigma: () float32, from `draw_sigma`.
+        the text tensors of its caption, as they were kept, or where they are not, the `caption` as a str.
+        mask: (1, h, w) float32 in [0, 1], if any picture has one; ones for those without.
+        loss_weight: () float32, if any picture is a regularisation picture and `prior_loss_weight` is not 1.
+
+    Args:
+        pictures: from `scan`.
+        latents: for each picture its latents, `LatentsPlan.files`; all exist. None: encoded in every step.
+        captions: the file of each caption, `CaptionsPlan.of_caption`; all exist. None: encoded in every step.
+        masks: for each picture its mask, `MasksPlan.files`; all exist. None: from the picture's own mask.
+        seed: of the run.
+        draw_sigma: from a generator and the latents' (h, w), a sigma in [0, 1]; can be pickled where worker
+            processes are spawned.
+        choose_caption: the caption of a sample.
+        prior_loss_weight: weight of regularisation pictures in the loss.
+
+    Raises:
+        InputError: on indexing, where a cache file is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        latents: Sequence[LatentFiles | None],
+        captions: Mapping[str, Path] | None,
+        masks: Sequence[Path | None] | None = None,
+        *,
+        seed: int,
+        draw_sigma: Callable[[torch.Generator, tuple[int, int]], float],
+        choose_caption: CaptionChoice,
+        prior_loss_weight: float = 1.0,
+    ) -> None:
+        self.table = SampleTable(tuple(pictures))
+        self.pictures = self.table.pictures
+        self.picture_of_sample = self.table.picture_of_sample
+        """For each sample, the number of its picture."""
+        self._latents = tuple(latents)
+        self._masks = tuple(masks) if masks is not None else (None,) * len(self.pictures)
+        assert len(self._latents) == len(self._masks) == len(self.pictures)
+        self._captions = captions
+        self._seed = seed
+        self._draw_sigma, self._choose_caption = draw_sigma, choose_caption
+        self._has_masks = any(picture.mask for picture in self.pictures)
+        has_weights = prior_loss_weight != 1 and any(picture.is_reg for picture in self.pictures)
+        self._prior_loss_weight = prior_loss_weight if has_weights else None
+
+    @property
+    def groups(self) -> list[Group]:
+        """For each sample, what it may share a batch with."""
+        return self.table.groups
+
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        """The batch size of each dataset, by its index."""
+        return self.table.batch_sizes
+
     def __len__(self) -> int:
         return len(self.picture_of_sample)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, index = item
-        files, text = self._files[self.picture_of_sample[index]]
+    def __getitem__(self, item: tuple[int, ...]) -> Sample:
+        epoch, index, batch = SampleKey(*item)
+        number = self.picture_of_sample[index]
+        picture = self.pictures[number]
 
         def generator(purpose: str) -> torch.Generator:
             return sample_generator(self._seed, epoch, index, purpose)
 
-        flip = files.flipped is not None and torch.rand((), generator=generator("flip")).item() < 0.5
-        latents = read_entry(files.flipped if flip and files.flipped else files.plain)["latents"]
-        height, width = latents.shape[-2:]
-        sigma = self._draw_sigma(generator("sigma"), (height, width))
-        return {
-            **read_entry(text),
-            "latents": latents,
-            "noise": torch.randn(latents.shape, generator=generator("noise"), dtype=torch.float32),
-            "sigma": torch.tensor(sigma, dtype=torch.float32),
-        }
+        flip = picture.flip_aug and torch.rand((), generator=generator("flip")).item() < 0.5
+        sample = self._picture(number, flip, sample_random(self._seed, epoch, index, "variation"))
+        latents = sample["latents"]
+        sigma = self._draw_sigma(generator("sigma"), (latents.shape[-2], latents.shape[-1]))
+        sample["noise"] = torch.randn(latents.shape, generator=generator("noise"), dtype=torch.float32)
+        sample["sigma"] = torch.tensor(sigma, dtype=torch.float32)
+        caption = self._choose_caption(picture, epoch, index, batch)
+        sample |= {"caption": caption} if self._captions is None else read_entry(self._captions[caption])
+        if self._prior_loss_weight is not None:
+            sample["loss_weight"] = torch.tensor(self._prior_loss_weight if picture.is_reg else 1.0)
+        return sample
+
+    def _picture(self, number: int, flip: bool, draw: random.Random) -> Sample:
+        """What is seen of a picture: its latents or pixels, and its mask."""
+        picture, files = self.pictures[number], self._latents[number]
+        crop = None
+        if files is not None:
+            sample = {"latents": read_entry(files.flipped if flip and files.flipped else files.plain)["latents"]}
+        else:
+            variation = draw_variation(picture.placement, color=picture.color_aug, crop=picture.random_crop, draw=draw)
+            crop = variation.crop
+            width, height = (side // VAE_FACTOR for side in picture.placement.bucket)
+            sample = {
+                "latents": torch.zeros(LATENT_CHANNELS, height, width),
+                "pixels": load_pixels(picture, flip, variation),
+            }
+        if self._has_masks:
+            mask = self._mask(number, crop, sample["latents"].shape[-2:])
+            sample["mask"] = mask.flip(-1) if flip else mask
+        return sample
+
+    def _mask(self, number: int, crop: tuple[int, int] | None, size: torch.Size) -> torch.Tensor:
+        """(1, h, w), not mirrored."""
+        source, file = self.pictures[number].mask, self._masks[number]
+        if source is None:
+            return torch.ones(1, *size)
+        if file is None:
+            return load_mask(source, self.pictures[number].placement, crop)
+        return read_entry(file)["mask"]
 
 
-def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack samples of one group into a batch, and give their texts a common length.
 
     Returns:
-        latents, noise: (B, C, h, w) float32; sigma: (B,) float32; and, whichever the samples carry, either
+        latents, noise: (B, C, h, w) float32; sigma: (B,) float32; where samples have them, mask: (B, 1, h, w) and
+        loss_weight: (B,) float32; where latents have to be encoded yet, pixels: (P, 3, H, W) float32 and pixel_rows:
+        (P,) int64, their rows in `latents`; and the text: `captions` as a list of str where it has to be encoded yet,
+        else what `stack_text` gives.
+    """
+    names = [name for name in ("latents", "noise", "sigma", "mask", "loss_weight") if name in samples[0]]
+    batch: dict[str, Any] = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    rows = [row for row, sample in enumerate(samples) if "pixels" in sample]
+    if rows:
+        batch["pixels"] = torch.stack([samples[row]["pixels"] for row in rows])
+        batch["pixel_rows"] = torch.tensor(rows)
+    if "caption" in samples[0]:
+        return batch | {"captions": [sample["caption"] for sample in samples]}
+    return batch | stack_text(samples)
+
+
+def stack_text(texts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The encoded captions of a batch, brought to a common length.
+
+    Returns:
+        Whichever the captions were encoded to, either
         prompt_embeds: (B, max(512, longest), D), zero rows after the real ones. They are part of the model: no mask
             goes with them.
         or qwen_hidden_states (B, N, D), t5_input_ids (B, M) int64, filled with zeros on the right to the longest and
             at least 1, with qwen_attention_mask (B, N) and t5_attention_mask (B, M), int64, 1 for real tokens.
     """
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("latents", "noise", "sigma")}
-    if "prompt_embeds" in samples[0]:
-        batch["prompt_embeds"], _ = _pad([sample["prompt_embeds"] for sample in samples], MIN_PROMPT_ROWS)
-        return batch
+    if "prompt_embeds" in texts[0]:
+        return {"prompt_embeds": _pad([text["prompt_embeds"] for text in texts], MIN_PROMPT_ROWS)[0]}
+    batch = {}
     for name, mask in (("qwen_hidden_states", "qwen_attention_mask"), ("t5_input_ids", "t5_attention_mask")):
-        batch[name], batch[mask] = _pad([sample[name] for sample in samples], 1)
+        batch[name], batch[mask] = _pad([text[name] for text in texts], 1)
     return batch
 
 
-class BucketBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for `CachedDataset`: each sample once an epoch, one group in a batch.
+class BucketBatchSampler(Sampler[list[SampleKey]]):
+    """Batches of `SampleKey` for `CachedDataset`: each sample once an epoch, one group in a batch.
 
     The order depends on (seed, epoch) only: samples are shuffled within their group, then the batches. A group's last
     batch may be smaller than the others.
@@ -159,22 +252,19 @@ class BucketBatchSampler(Sampler[list[tuple[int, int]]]):
         """Batches in an epoch, the same in each."""
         return sum(-(-len(members) // batch_size) for batch_size, members in self._groups)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self._epoch
-        order = random.Random(_mix(self._seed, epoch, "order"))
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return iter(self.batches(self._epoch))
+
+    def batches(self, epoch: int) -> list[list[SampleKey]]:
+        """The batches of an epoch, from 0, in their order."""
+        order = random.Random(mix(self._seed, epoch, "order"))
         batches = []
         for batch_size, members in self._groups:
             shuffled = list(members)
             order.shuffle(shuffled)
             batches += [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
         order.shuffle(batches)
-        return iter([[(epoch, index) for index in batch] for batch in batches])
-
-
-def _mix(*parts: int | str) -> int:
-    """63 bits that depend on every part; Python's own hash differs between processes."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+        return [[SampleKey(epoch, index, number) for index in batch] for number, batch in enumerate(batches)]
 
 
 def _pad(rows: list[torch.Tensor], at_least: int) -> tuple[torch.Tensor, torch.Tensor]:

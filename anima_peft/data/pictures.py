@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ..errors import InputError
-from .buckets import Placement, place, predefined_buckets
-from .cache import INDEX_NAME, FileFacts, FileIndex, Stamp, cache_folder, file_stamp
-from .captions import caption_path, read_caption
+from .buckets import Placement, place
+from .cache import FileFacts, FileIndex, Stamp, cache_folder, file_stamp, read_unchanged
+from .finding import Found, find
+from .masks import MaskSource
 from .pixels import DECODE_ERRORS, decode_rgb, fit, picture_size
-from .specs import DatasetSpec, SubsetSpec
+from .specs import AS_WRITTEN, CaptionSpec, DatasetSpec
+from .variation import Variation, change_colors
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-_SUFFIXES_OF_PLUGINS = frozenset({".avif", ".jxl"})
 _NAMES_IN_A_WARNING = 5
+_MASK_RATIO_TOLERANCE = 0.02  # a mask one pixel off in a small picture is no fault
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ class Picture:
     """One picture of one dataset, ready to be encoded."""
 
     path: Path
-    """The file, in its subset's `image_dir`."""
+    """The file."""
     sha256: str
     """Of the file's bytes, 64 hex digits."""
     size: tuple[int, int]
     """(width, height) in pixels with EXIF rotation applied."""
     caption: str
-    """One line; may be empty."""
+    """As it is written, may be empty; where one of several is chosen, one a line."""
     num_repeats: int
     """How often it is seen in one epoch."""
     flip_aug: bool
@@ -51,62 +51,82 @@ class Picture:
     """Which of the scanned datasets it belongs to."""
     batch_size: int
     """Of that dataset."""
+    captions: CaptionSpec = AS_WRITTEN
+    """How a sample's caption is made from `caption`."""
+    is_reg: bool = False
+    """Whether it belongs to a regularisation set."""
+    color_aug: bool = False
+    """Whether its colours vary."""
+    random_crop: bool = False
+    """Whether the bucket is cut out at random."""
+    mask: MaskSource | None = None
+    """Where the loss counts; None for everywhere."""
+    interpolation: str | None = None
+    """Filter for resizing, None for the usual ones."""
 
-
-@dataclass(frozen=True)
-class _Found:
-    """A picture file before anything is known of its content."""
-
-    path: Path
-    dataset_index: int
-    dataset: DatasetSpec
-    subset: SubsetSpec
+    @property
+    def varies(self) -> bool:
+        """Whether its pixels differ from sample to sample by more than mirroring."""
+        return self.color_aug or (self.random_crop and self.placement.resized != self.placement.bucket)
 
 
 def scan(
     datasets: Sequence[DatasetSpec], *, cache_dir: Path | None = None, progress: bool = True
 ) -> tuple[Picture, ...]:
-    """Find the pictures of all folders, in the natural order of their names, and check every one of them.
+    """Find the pictures of all subsets, folders in the natural order of their names, and check every one of them.
 
     New and changed files are read and decoded wholly, so that a damaged one is reported here and not in the middle of
     encoding; what was found is remembered in the cache folder, and unchanged files are not opened. Nothing is written
-    if there are faults. Pictures without caption file get the subset's class tokens, else "" and one warning.
+    if there are faults. Pictures without captions get the subset's class tokens, else "" and one warning. Pictures that
+    `skip_image_resolution` leaves out, and regularisation pictures beyond the number of the others, are not returned.
 
     Args:
         datasets: what to look for.
-        cache_dir: the cache folder of all pictures; None means one in each `image_dir`.
+        cache_dir: the cache folder of all pictures; None means one beside them.
         progress: show a bar while files are read.
 
     Raises:
-        InputError: lists every fault of every folder: folders missing or without pictures, sizes that allow no
-            buckets, unreadable pictures and captions, pictures too small for their bucket; or the cache folder cannot
-            be written.
+        InputError: lists every fault of every subset: folders missing or without pictures, sizes that allow no
+            buckets, unreadable pictures, captions and masks, pictures too small for their bucket; or the cache folder
+            cannot be written.
     """
     faults: list[str] = []
-    found = list(_find(datasets, faults))
+    found = list(find(datasets, faults))
     indexes = {folder: FileIndex(folder) for folder in dict.fromkeys(_index_folder(f, cache_dir) for f in found)}
-    facts = _gather_facts({f.path: indexes[_index_folder(f, cache_dir)] for f in found}, faults, progress)
+    wanted = {path: indexes[_index_folder(f, cache_dir)] for f in found for path in (f.path, f.mask) if path}
+    facts = _gather_facts(wanted, faults, progress)
     pictures: list[Picture] = []
-    without_caption: list[Path] = []
+    small: list[Path] = []
     for file in found:
-        caption = _caption(file, faults)
-        if caption is None:
-            without_caption.append(file.path)
-        if file.path in facts:
-            pictures += _placed(file, facts[file.path], caption or "", faults)
+        known, mask = facts.get(file.path), facts.get(file.mask) if file.mask else None
+        if known is None or (file.mask and mask is None):
+            continue  # reported already
+        if _is_small(known, file.dataset):
+            small.append(file.path)
+        else:
+            pictures += _placed(file, known, mask, faults)
+    faults += _emptied(datasets, found, pictures, small)
     if faults:
         raise InputError.from_faults("The dataset cannot be used:", dict.fromkeys(faults))
     for index in indexes.values():
         index.save()
-    _warn_without_caption(list(dict.fromkeys(without_caption)))
-    return tuple(pictures)
+    _warn("%d pictures are left out, because they are not larger than skip_image_resolution: %s", small)
+    _warn(
+        "%d pictures have neither a caption nor class_tokens and are trained with an empty caption: %s",
+        [file.path for file in found if file.caption is None],
+    )
+    return tuple(_balanced(pictures))
 
 
-def load_pixels(picture: Picture, flip: bool) -> torch.Tensor:
+def load_pixels(picture: Picture, flip: bool, variation: Variation | None = None) -> torch.Tensor:
     """Decode a picture as it is placed in its bucket, mirrored left to right if `flip`.
 
-    EXIF rotation is applied; transparency is dropped (not blended), as sd-scripts does; shrinking averages areas and
-    enlarging uses Lanczos.
+    EXIF rotation is applied; transparency is dropped (not blended), as sd-scripts does.
+
+    Args:
+        picture: from `scan`.
+        flip: whether to mirror it, after all else.
+        variation: the sample's own crop and colours; None for those that are kept.
 
     Returns:
         (3, H, W) float32 in [-1, 1], H and W the bucket's.
@@ -114,52 +134,16 @@ def load_pixels(picture: Picture, flip: bool) -> torch.Tensor:
     Raises:
         InputError: the file cannot be read or decoded any more, or its content is not that which was scanned.
     """
+    data = read_unchanged(picture.path, picture.sha256)
     try:
-        data = picture.path.read_bytes()
         image = decode_rgb(data)
     except DECODE_ERRORS as error:
         raise InputError(_unreadable(picture.path, error)) from error
-    # Caching takes long: a picture edited meanwhile must not be kept under the name of what it was before.
-    if hashlib.sha256(data).hexdigest() != picture.sha256:
-        raise InputError(
-            f"{picture.path}: this picture changed after it was checked; start anew, and if that does not help, "
-            f"remove {INDEX_NAME} from its cache folder"
-        )
-    return fit(image, picture.placement, flip)
-
-
-def _find(datasets: Sequence[DatasetSpec], faults: list[str]) -> Iterator[_Found]:
-    """Every picture file of every usable folder; adds a fault for each unusable one."""
-    suffixes = _SUFFIXES | (_SUFFIXES_OF_PLUGINS & Image.registered_extensions().keys())
-    for dataset_index, dataset in enumerate(datasets):
-        where = f"datasets[{dataset_index}]"
-        has_buckets = True
-        try:
-            predefined_buckets(dataset)
-        except InputError as error:
-            faults.append(f"{where}: {error}")
-            has_buckets = False
-        for subset_index, subset in enumerate(dataset.subsets):
-            name = f"{where}.subsets[{subset_index}].image_dir = {str(subset.image_dir)!r}"
-            try:
-                with os.scandir(subset.image_dir) as entries:
-                    names = [entry.name for entry in entries if entry.is_file()]
-            except OSError as error:
-                faults.append(f"{name}: not a folder that can be read ({error.strerror or error})")
-                continue
-            names = [n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in suffixes]
-            if not names:
-                known = ", ".join(sorted(suffix.removeprefix(".") for suffix in suffixes))
-                faults.append(f"{name}: no pictures in this folder ({known}; subfolders are not searched)")
-            # Without buckets every picture would only repeat that fault.
-            for file_name in sorted(names, key=_natural) if has_buckets else ():
-                yield _Found(subset.image_dir / file_name, dataset_index, dataset, subset)
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorting key by which 2.png comes before 10.png, the same on every system."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if part.isdecimal() else part for part in parts], name
+    placement = picture.placement
+    if variation is not None:
+        image = change_colors(image, variation)
+        placement = replace(placement, crop=variation.crop)
+    return fit(image, placement, flip, picture.interpolation)
 
 
 def _gather_facts(indexes: dict[Path, FileIndex], faults: list[str], progress: bool) -> dict[Path, FileFacts]:
@@ -200,21 +184,22 @@ def _inspect(path: Path) -> tuple[Stamp, FileFacts] | str:
         return _unreadable(path, error)
 
 
-def _caption(file: _Found, faults: list[str]) -> str | None:
-    """The caption, the subset's class tokens where there is no caption file, or None for neither."""
-    try:
-        caption = read_caption(caption_path(file.path, file.subset.caption_extension))
-    except InputError as error:
-        faults.append(str(error))
-        return ""
-    return file.subset.class_tokens if caption is None else caption
-
-
-def _placed(file: _Found, facts: FileFacts, caption: str, faults: list[str]) -> list[Picture]:
-    """The picture in its bucket; nothing, and a fault, where it fits none."""
+def _is_small(facts: FileFacts, dataset: DatasetSpec) -> bool:
     assert facts.picture_size is not None  # known of whatever decodes
+    limit = dataset.skip_image_resolution
+    return limit is not None and facts.picture_size[0] * facts.picture_size[1] <= limit[0] * limit[1]
+
+
+def _placed(file: Found, facts: FileFacts, mask: FileFacts | None, faults: list[str]) -> list[Picture]:
+    """The picture in its bucket; nothing, and a fault, where it fits none or its mask does not fit it."""
+    assert facts.picture_size is not None
+    subset = file.subset
+    source = None
     try:
         placement = place(facts.picture_size, file.dataset)
+        if file.mask is not None and mask is not None:
+            _require_shape(file.mask, mask, facts.picture_size)
+            source = MaskSource(file.mask, mask.sha256, from_alpha=subset.alpha_mask)
     except InputError as error:
         faults.append(f"{file.path}: {error}")
         return []
@@ -222,18 +207,77 @@ def _placed(file: _Found, facts: FileFacts, caption: str, faults: list[str]) -> 
         path=file.path,
         sha256=facts.sha256,
         size=facts.picture_size,
-        caption=caption,
-        num_repeats=file.subset.num_repeats,
-        flip_aug=file.subset.flip_aug,
+        caption=file.caption or "",
+        num_repeats=subset.num_repeats,
+        flip_aug=subset.flip_aug,
         placement=placement,
         dataset_index=file.dataset_index,
         batch_size=file.dataset.batch_size,
+        captions=subset.captions,
+        is_reg=subset.is_reg,
+        color_aug=subset.color_aug,
+        random_crop=subset.random_crop,
+        mask=source,
+        interpolation=file.dataset.resize_interpolation,
     )
     return [picture]
 
 
-def _index_folder(file: _Found, cache_dir: Path | None) -> Path:
-    return cache_folder(file.subset.image_dir, cache_dir)
+def _require_shape(path: Path, mask: FileFacts, size: tuple[int, int]) -> None:
+    """Raises InputError where a mask has another ratio of width to height than its picture."""
+    assert mask.picture_size is not None
+    width, height = mask.picture_size
+    if abs(width * size[1] / (height * size[0]) - 1) > _MASK_RATIO_TOLERANCE:
+        raise InputError(
+            f"its mask {path} has {width} x {height} pixels, which is another shape than the picture's {size[0]} x "
+            f"{size[1]}; make them alike"
+        )
+
+
+def _emptied(
+    datasets: Sequence[DatasetSpec], found: Sequence[Found], pictures: Sequence[Picture], small: Sequence[Path]
+) -> list[str]:
+    """A fault for each dataset of which nothing to train on is left."""
+    faults, left_out = [], set(small)
+    for index in range(len(datasets)):
+        files = [file for file in found if file.dataset_index == index]
+        left = [picture for picture in pictures if picture.dataset_index == index]
+        if files and all(file.path in left_out for file in files):
+            faults.append(f"datasets[{index}]: skip_image_resolution leaves none of its pictures; lower it")
+        elif left and all(picture.is_reg for picture in left):
+            faults.append(f"datasets[{index}]: only regularisation pictures (is_reg), and nothing to balance them with")
+    return faults
+
+
+def _balanced(pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures, with regularisation pictures repeated to the number of the others in their dataset.
+
+    As sd-scripts does it (library/train_util.py, `DreamBoothDataset`): each with its own repeats in turn until there
+    are enough, the rest left out; if there are too few, one repeat more for each in turn.
+    """
+    kept: list[Picture] = []
+    unused: list[Path] = []
+    for index in dict.fromkeys(picture.dataset_index for picture in pictures):
+        own = [picture for picture in pictures if picture.dataset_index == index]
+        wanted = sum(picture.num_repeats for picture in own if not picture.is_reg)
+        taken: list[Picture] = []
+        lacking = wanted
+        for picture in (picture for picture in own if picture.is_reg):
+            if lacking > 0:
+                taken.append(picture)
+                lacking -= picture.num_repeats
+            else:
+                unused.append(picture.path)
+        if taken and lacking > 0:
+            each, rest = divmod(lacking, len(taken))
+            taken = [replace(p, num_repeats=p.num_repeats + each + (i < rest)) for i, p in enumerate(taken)]
+        kept += [picture for picture in own if not picture.is_reg] + taken
+    _warn("%d regularisation pictures are left out, because there are enough without them: %s", unused)
+    return kept
+
+
+def _index_folder(file: Found, cache_dir: Path | None) -> Path:
+    return cache_folder(file.path.parent, cache_dir)
 
 
 def _unreadable(path: Path, error: BaseException) -> str:
@@ -241,13 +285,9 @@ def _unreadable(path: Path, error: BaseException) -> str:
     return f"{path}: cannot read this picture ({reason}); replace or remove it"
 
 
-def _warn_without_caption(paths: list[Path]) -> None:
-    if paths:
-        names = ", ".join(str(path) for path in paths[:_NAMES_IN_A_WARNING])
-        more = ", …" if len(paths) > _NAMES_IN_A_WARNING else ""
-        logger.warning(
-            "%d pictures have neither a caption file nor class_tokens and are trained with an empty caption: %s%s",
-            len(paths),
-            names,
-            more,
-        )
+def _warn(text: str, paths: Sequence[Path]) -> None:
+    """One warning with the number of files and the first of them."""
+    files = list(dict.fromkeys(paths))
+    if files:
+        names = ", ".join(str(path) for path in files[:_NAMES_IN_A_WARNING])
+        logger.warning(text, len(files), names + (", …" if len(files) > _NAMES_IN_A_WARNING else ""))

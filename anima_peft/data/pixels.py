@@ -26,6 +26,15 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 _QUARTER_TURNS = {5, 6, 7, 8}
+# sd-scripts' names; those which it gives to OpenCV's filters mean PIL's of the same kind here.
+INTERPOLATIONS: dict[str, Image.Resampling | None] = {
+    "area": None,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -59,22 +68,37 @@ def decode_rgb(data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, placement: Placement, flip: bool) -> torch.Tensor:
+def decode_alpha(data: bytes) -> Image.Image | None:
+    """The opacity of an encoded picture's first frame as 8-bit grey, EXIF rotation applied; None where it has none.
+
+    Raises:
+        One of `DECODE_ERRORS`: `data` is not a picture, is cut short, or has more pixels than PIL accepts.
+    """
+    with Image.open(BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def fit(image: Image.Image, placement: Placement, flip: bool, interpolation: str | None = None) -> torch.Tensor:
     """Resize an RGB picture, cut the bucket out of it and mirror that if `flip`.
 
-    Shrinking averages areas; enlarging uses Lanczos. Source: kohya-ss/sd-scripts, library/utils.py `resize_image`.
+    Unless one of `INTERPOLATIONS` is given, shrinking averages areas and enlarging uses Lanczos. Source:
+    kohya-ss/sd-scripts, library/utils.py `resize_image`.
 
     Returns:
         (3, H, W) float32 in [-1, 1], of the bucket's size.
     """
     width, height = placement.resized
-    if width <= image.width and height <= image.height:
+    resampling = INTERPOLATIONS[interpolation] if interpolation else None
+    if resampling is None and width <= image.width and height <= image.height:
         pixels = np.asarray(image)
         pixels = _shrink(_shrink(pixels, height, axis=0), width, axis=1)
         # To whole steps of 8-bit colour, as every other resize gives them.
         pixels = np.rint(pixels)
     else:
-        pixels = np.asarray(image.resize(placement.resized, Image.Resampling.LANCZOS))
+        # Averaging areas, which nothing but shrinking asks for, is PIL's box filter where a side grows.
+        fallback = Image.Resampling.BOX if interpolation else Image.Resampling.LANCZOS
+        pixels = np.asarray(image.resize(placement.resized, resampling or fallback))
     left, top = placement.crop
     pixels = pixels[top : top + placement.bucket[1], left : left + placement.bucket[0]]
     if flip:

@@ -13,7 +13,7 @@ from diffusers.training_utils import free_memory
 
 from ..adapters.naming import TEXT_CONDITIONER, TRANSFORMER
 from ..data.cache import FileIndex, cache_key
-from ..data.caching import CaptionsPlan, LatentsPlan, plan_captions, plan_latents
+from ..data.caching import CaptionEncoder, CaptionsPlan, LatentEncoder, LatentsPlan, plan_captions, plan_latents
 from ..data.pictures import Picture
 from ..models.encoders import load_text_encoder, load_vae
 from ..models.latents import encode_latents
@@ -81,47 +81,85 @@ def cache_latents(
     compute = encoder_dtype(dtype)
     plan = plan_latents(pictures, model=f"{model_hash}/{compute}", cache_dir=cache_dir)
     if plan.missing:
-        model = load_vae(vae, compute).to(device)
-        plan.encode(lambda pixels: encode_latents(model, pixels.to(device)), batch_size=batch_size)
-        del model
+        encode = latent_encoder(vae, dtype, device)
+        plan.encode(encode, batch_size=batch_size)
+        del encode
         free_memory()
     return plan
 
 
-def cache_captions(
-    pictures: Sequence[Picture],
-    sources: ModelSources,
-    model: AnimaTransformerModel,
-    *,
-    model_hash: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_length: int,
-    train_conditioner: bool,
-    cache_dir: Path | None,
-) -> CaptionsPlan:
+def latent_encoder(vae: Path, dtype: torch.dtype, device: torch.device) -> LatentEncoder:
+    """The VAE, loaded, as what it does to pictures.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    model = load_vae(vae, encoder_dtype(dtype)).to(device)
+    return lambda pixels: encode_latents(model, pixels.to(device))
+
+
+@dataclass(frozen=True)
+class TextModels:
+    """What captions are encoded with, and how.
+
+    Attributes:
+        sources: the model's files.
+        model: holds the text conditioner.
+        model_hash: identifies the text encoder, the tokenizers and the conditioner.
+        dtype: of the encoded captions.
+        device: where the encoders run.
+        max_length: tokens of a caption that are kept.
+        train_conditioner: whether the conditioner is trained. While it is frozen its output is what captions are
+            encoded to (`prompt_embeds`, real rows only); otherwise its inputs are (`qwen_hidden_states`,
+            `t5_input_ids`).
+    """
+
+    sources: ModelSources
+    model: AnimaTransformerModel
+    model_hash: str
+    dtype: torch.dtype
+    device: torch.device
+    max_length: int
+    train_conditioner: bool
+
+    def encoder(self) -> CaptionEncoder:
+        """The text encoder and the tokenizers, loaded, as what they do to captions.
+
+        Raises:
+            InputError: a part cannot be loaded.
+        """
+        tokenizer, t5_tokenizer = self.tokenizers()
+        text_encoder = load_text_encoder(self.sources.text_encoder, encoder_dtype(self.dtype)).to(self.device)
+        encode = _caption_encoder(text_encoder, tokenizer, t5_tokenizer, self.max_length, self.dtype, self.device)
+        if self.train_conditioner:
+            return encode
+        self.model.text_conditioner.to(self.device)
+        return _with_conditioner(encode, self.model)
+
+    def tokenizers(self) -> tuple[Any, Any]:
+        """Qwen3's and T5's."""
+        return load_qwen_tokenizer(self.sources.tokenizer), load_t5_tokenizer(self.sources.t5_tokenizer)
+
+
+def cache_captions(captions: Mapping[str, Picture], models: TextModels, *, cache_dir: Path | None) -> CaptionsPlan:
     """Encode the captions that the cache lacks. Qwen3 is loaded only if there are any, and gone afterwards.
 
-    While the text conditioner is frozen its output is what is kept (`prompt_embeds`, real rows only); otherwise its
-    inputs are (`qwen_hidden_states`, `t5_input_ids`).
+    Args:
+        captions: each that is needed, with a picture that has it.
 
     Raises:
         InputError: a part cannot be loaded, or the cache cannot be written.
     """
-    conditioner = "trained" if train_conditioner else "frozen"
-    options = {"max_length": max_length, "dtype": str(dtype), "conditioner": conditioner}
-    plan = plan_captions(pictures, model=model_hash, options=options, cache_dir=cache_dir)
+    conditioner = "trained" if models.train_conditioner else "frozen"
+    options = {"max_length": models.max_length, "dtype": str(models.dtype), "conditioner": conditioner}
+    pairs = ((picture, caption) for caption, picture in captions.items())
+    plan = plan_captions(pairs, model=models.model_hash, options=options, cache_dir=cache_dir)
     if plan.missing:
-        tokenizer, t5_tokenizer = load_qwen_tokenizer(sources.tokenizer), load_t5_tokenizer(sources.t5_tokenizer)
-        _report_cut_captions(pictures, tokenizer, t5_tokenizer, max_length)
-        text_encoder = load_text_encoder(sources.text_encoder, encoder_dtype(dtype)).to(device)
-        encode = _caption_encoder(text_encoder, tokenizer, t5_tokenizer, max_length, dtype, device)
-        if not train_conditioner:
-            model.text_conditioner.to(device)
-            encode = _with_conditioner(encode, model)
+        report_cut_captions(captions, models)
+        encode = models.encoder()
         plan.encode(encode, batch_size=_CAPTION_BATCH)
-        model.text_conditioner.to("cpu")
-        del text_encoder, encode
+        models.model.text_conditioner.to("cpu")
+        del encode
         free_memory()
     return plan
 
@@ -162,9 +200,18 @@ def _with_conditioner(
     return encode_further
 
 
-def _report_cut_captions(pictures: Sequence[Picture], tokenizer: Any, t5_tokenizer: Any, max_length: int) -> None:
-    cut: Mapping[int, Any] = find_cut_prompts(tokenizer, t5_tokenizer, [p.caption for p in pictures], max_length)
-    if cut:
-        shown = [f"{pictures[i].path.name} ({max(counts)} tokens)" for i, counts in list(cut.items())[:_SHOWN_FILES]]
-        more = f" and {len(cut) - _SHOWN_FILES} more" if len(cut) > _SHOWN_FILES else ""
-        logger.warning("Captions cut at anima_seq_len = %d: %s%s.", max_length, ", ".join(shown), more)
+def report_cut_captions(captions: Mapping[str, Picture], models: TextModels) -> None:
+    """One warning that names the files whose captions lose their end, with the length of the longest of each."""
+    if not captions:
+        return
+    tokenizer, t5_tokenizer = models.tokenizers()
+    cut: Mapping[int, Any] = find_cut_prompts(tokenizer, t5_tokenizer, list(captions), models.max_length)
+    files = list(captions.values())
+    longest: dict[str, int] = {}
+    for i, counts in cut.items():
+        name = files[i].path.name
+        longest[name] = max(longest.get(name, 0), *counts)
+    if longest:
+        shown = [f"{name} ({tokens} tokens)" for name, tokens in list(longest.items())[:_SHOWN_FILES]]
+        more = f" and {len(longest) - _SHOWN_FILES} more" if len(longest) > _SHOWN_FILES else ""
+        logger.warning("Captions cut at anima_seq_len = %d: %s%s.", models.max_length, ", ".join(shown), more)

@@ -86,11 +86,16 @@ def velocity(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - latents
 
 
-def flow_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, (B,) float32, unweighted.
+def flow_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error of each sample, (B,) float32.
+
+    The mean is over all latents whatever the mask, as in sd-scripts (library/custom_train_functions.py,
+    `apply_masked_loss`): a small mask means a small loss, and an empty one means none instead of a division by zero.
 
     Args:
         prediction: the model's velocity, (B, C, h, w), any floating dtype.
         target: (B, C, h, w) float32.
+        mask: weight of each latent, (B, 1, h, w) in [0, 1].
     """
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    error = (prediction.float() - target.float()).square()
+    return (error if mask is None else error * mask).flatten(1).mean(dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .flow import add_noise, flow_loss, velocity
 from .state import Progress
 
 _AVERAGED = 50
+_NOT_TEXT = frozenset({"latents", "noise", "sigma", "mask", "loss_weight"})
 _GIB = 2**30
 
 
@@ -31,6 +32,7 @@ class Parts:
         optimizer, scheduler: over `parameters`.
         loader: accelerate's data loader over batches of `collate`; `sampler` decides their order.
         parameters: the adapter's, all that is trained.
+        complete: encodes what is not kept of a batch.
     """
 
     model: torch.nn.Module
@@ -39,19 +41,21 @@ class Parts:
     loader: Any
     sampler: BucketBatchSampler
     parameters: list[torch.nn.Parameter]
+    complete: Callable[[Mapping[str, Any]], dict[str, torch.Tensor]]
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean loss of one batch, float32.
 
     Args:
-        batch: latents and noise (B, 16, h, w) float32, sigma (B,) float32, and the text under the names that
-            `AnimaTransformerModel.forward` takes.
+        batch: latents and noise (B, 16, h, w) float32, sigma (B,) float32, perhaps mask (B, 1, h, w) and loss_weight
+            (B,), and the text under the names that `AnimaTransformerModel.forward` takes.
     """
-    text = {key: value for key, value in batch.items() if key not in ("latents", "noise", "sigma")}
+    text = {key: value for key, value in batch.items() if key not in _NOT_TEXT}
     noisy = add_noise(batch["latents"], batch["noise"], batch["sigma"])
     prediction = model(noisy, batch["sigma"], **text)
-    return flow_loss(prediction, velocity(batch["latents"], batch["noise"])).mean()
+    losses = flow_loss(prediction, velocity(batch["latents"], batch["noise"]), batch.get("mask"))
+    return (losses * batch["loss_weight"] if "loss_weight" in batch else losses).mean()
 
 
 def run_loop(
@@ -87,7 +91,7 @@ def run_loop(
             parts.sampler.set_epoch(progress.epoch)
             for batch in loader:
                 with accelerator.accumulate(parts.model):
-                    loss = batch_loss(parts.model, batch)
+                    loss = batch_loss(parts.model, parts.complete(batch))
                     accelerator.backward(loss)
                     norm = None
                     if accelerator.sync_gradients:
