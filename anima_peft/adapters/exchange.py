@@ -12,6 +12,7 @@ import peft
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from ..errors import InputError
@@ -20,10 +21,11 @@ from ..models.checkpoints import read_header
 from .factors import Factors, alike, rescaled, summary
 from .formats import FORMATS, Format, parse, serialize
 from .injection import Plan, announce_full_matrices, inject, plan_file, plan_training
-from .layers import adapter_parameters, read_weights, write_weights
+from .layers import adapter_layers_of, adapter_parameters, read_weights, write_weights
+from .lora import LoraConfig, add_dropouts
 from .metadata import describe, with_hashes
 from .naming import Components, ModuleName, ModuleTable
-from .strengths import activate, active_adapters, adapter_names, remove, require_ready
+from .strengths import activate, active_adapters, adapter_names, bake, remove, require_ready
 
 DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
@@ -50,6 +52,11 @@ def add_adapter(
     plans = plan_training(config, ModuleTable(components))
     announce_full_matrices(config, plans)
     _inject_beside(components, plans, adapter_name)
+    if isinstance(config, LoraConfig):
+        for model in components.values():
+            for _, layer in adapter_layers_of(model, adapter_name):
+                if isinstance(layer, LoraLayer):
+                    add_dropouts(layer, adapter_name, config)
     for model in components.values():
         model.requires_grad_(False)
     parameters = adapter_parameters(components, adapter_name)
@@ -147,6 +154,19 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
     for parameter in adapter_parameters(components, adapter_name):
         parameter.requires_grad_(False)
     return adapter_name
+
+
+def merge_adapter(components: Components, source: Source, strength: float = 1.0) -> None:
+    """Add an adapter to the base weights for good: the model then carries no trace of it, and no saved file holds it.
+
+    The model must carry no adapters.
+
+    Raises:
+        InputError: as `load_adapter`, or the sum is not finite.
+    """
+    assert not adapter_names(components), "adapters would be merged along with it"
+    name = load_adapter(components, source)
+    bake(components, name, strength)
 
 
 def save_adapter(
