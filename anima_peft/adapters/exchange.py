@@ -95,9 +95,7 @@ def start_from(components: Components, source: Source, adapter_name: str = "defa
         InputError: the file cannot be read, is of another kind, rank or factor shape, or has nothing in common with
             the adapter.
     """
-    path = locate_adapter(source) if not isinstance(source, Mapping) else Path("the given tensors")
-    tensors, metadata = (source, {}) if isinstance(source, Mapping) else read_adapter_file(path)
-    weights = parse(tensors, metadata, ModuleTable(components), str(path))
+    weights, path = read_source(components, source)
     present = read_adapter(components, adapter_name)
     common = [name for name in present if name in weights]
     unlike = [name.native for name in common if not alike(present[name], weights[name])]
@@ -113,6 +111,21 @@ def start_from(components: Components, source: Source, adapter_name: str = "defa
         f"Started from {path}: took {summary({name: weights[name] for name in common})}; "
         f"{missing} modules of the network are not in the file and start at zero, {unused} of the file are not trained."
     )
+
+
+def read_source(components: Components, source: Source, **where: Any) -> tuple[dict[ModuleName, Factors], str]:
+    """What a file, a folder, a hub repo or tensors hold for this model, and what to call them in messages.
+
+    Raises:
+        InputError: the file is not there, not an Anima adapter, or a key is not understood.
+    """
+    table = ModuleTable(components)
+    if isinstance(source, Mapping):
+        label = "the given tensors"
+        return parse(source, {}, table, label), label
+    path = locate_adapter(source, **where)
+    tensors, metadata = read_adapter_file(path)
+    return parse(tensors, metadata, table, str(path)), str(path)
 
 
 def load_adapter(components: Components, source: Source, adapter_name: str | None = None, **where: Any) -> str:
@@ -139,15 +152,7 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
         adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
     _require_new(components, adapter_name)
     require_ready(components, "load_lora_adapter")
-    tensors: Mapping[str, torch.Tensor]
-    metadata: Mapping[str, str]
-    if isinstance(source, Mapping):
-        tensors, metadata, label = source, {}, "the given tensors"
-    else:
-        path = locate_adapter(source, **where)
-        tensors, metadata = read_adapter_file(path)
-        label = str(path)
-    weights = parse(tensors, metadata, ModuleTable(components), label)
+    weights, _ = read_source(components, source, **where)
     # From here on nothing can fail for what the file says: every key and shape has been checked.
     _inject_beside(components, plan_file(weights), adapter_name)
     write_weights(components, weights, adapter_name)
