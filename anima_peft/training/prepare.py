@@ -19,6 +19,7 @@ from ..models.precision import enable_fp32_residual
 from ..transformer import AnimaTransformerModel
 from .attention import set_attention
 from .averages import AdapterAverage
+from .flow import NoiseSampler, SigmaSampler
 from .groups import Rates, group_parameters
 from .loop import Parts
 from .losses import FlowLoss
@@ -56,24 +57,11 @@ def prepare_parts(
     sampler: BucketBatchSampler,
     total_steps: int,
 ) -> Parts:
-    network, settings, loop = options.network, options.optimizer, options.loop
+    loop = options.loop
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in parameters}, "something besides the adapter would be trained"
-    rates = Rates(
-        settings.learning_rate,
-        settings.unet_lr,
-        settings.llm_adapter_lr,
-        network.rates_by_pattern,
-        network.loraplus_lr_ratio,
-    )
-    components = model.components
-    groups = group_parameters(parts_of(components, ModuleTable(components), ADAPTER_NAME), rates)
-    if not groups:
-        raise InputError("network_reg_lrs: the rate is 0 everywhere, so that nothing would be trained.")
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = build_optimizer(settings.optimizer_type, groups, settings.learning_rate, settings.arguments)
-    scheduler = _scheduler(optimizer, options, total_steps)
-    average = AdapterAverage(parameters, optimizer, options.ema.ema_decay if options.ema.use_ema else None)
+    optimizer, scheduler, average = optimization(model, options, total_steps)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -93,9 +81,36 @@ def prepare_parts(
         sampler,
         parameters,
         average,
-        _loss(options),
-        partial(_limit_norms, model, network.scale_weight_norms),
+        flow_loss(options),
+        partial(_limit_norms, model, options.network.scale_weight_norms),
     )
+
+
+def optimization(
+    model: AnimaTransformerModel, options: TrainOptions, total_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, AdapterAverage]:
+    """Optimizer, schedule and average of the adapter that is on the model; what has the rate 0 is frozen.
+
+    Raises:
+        InputError: a pattern of rates matches nothing, or nothing would be trained.
+    """
+    network, settings = options.network, options.optimizer
+    rates = Rates(
+        settings.learning_rate,
+        settings.unet_lr,
+        settings.llm_adapter_lr,
+        network.rates_by_pattern,
+        network.loraplus_lr_ratio,
+    )
+    components = model.components
+    groups = group_parameters(parts_of(components, ModuleTable(components), ADAPTER_NAME), rates)
+    if not groups:
+        raise InputError("network_reg_lrs: the rate is 0 everywhere, so that nothing would be trained.")
+    optimizer = build_optimizer(settings.optimizer_type, groups, settings.learning_rate, settings.arguments)
+    scheduler = _scheduler(optimizer, options, total_steps)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    average = AdapterAverage(parameters, optimizer, options.ema.ema_decay if options.ema.use_ema else None)
+    return optimizer, scheduler, average
 
 
 def _scheduler(
@@ -118,7 +133,35 @@ def _scheduler(
     )
 
 
-def _loss(options: TrainOptions) -> FlowLoss:
+def sigma_sampler(options: TrainOptions) -> SigmaSampler:
+    """How the options draw noise levels."""
+    flow = options.flow
+    return SigmaSampler(
+        flow.timestep_sampling,  # type: ignore[arg-type]  # one of its choices
+        flow.sigmoid_scale,
+        flow.discrete_flow_shift,
+        options.loss.weighting_scheme,  # type: ignore[arg-type]
+        flow.logit_mean,
+        flow.logit_std,
+        flow.mode_scale,
+        flow.min_timestep / 1000,
+        flow.max_timestep / 1000,
+    )
+
+
+def noise_sampler(options: TrainOptions) -> NoiseSampler:
+    """How the options draw noise."""
+    flow = options.flow
+    return NoiseSampler(
+        flow.noise_offset,
+        flow.noise_offset_random_strength,
+        flow.ip_noise_gamma,
+        flow.ip_noise_gamma_random_strength,
+    )
+
+
+def flow_loss(options: TrainOptions) -> FlowLoss:
+    """The options' loss."""
     loss = options.loss
     return FlowLoss(
         loss.loss_type,  # type: ignore[arg-type]  # one of its choices

@@ -32,13 +32,12 @@ from .averages import AdapterAverage
 from .comparison import draw_comparison
 from .encoding import ModelHashes, cache_captions, cache_latents, hash_model
 from .engine import engine
-from .flow import NoiseSampler, SigmaSampler
 from .loop import run_loop
 from .metadata import RunFacts, training_metadata
 from .network import add_network, hash_merged, merge_base_weights, require_weights
 from .optimizers import needs_cuda
 from .outputs import Outputs, require_free, resolve_folder
-from .prepare import prepare_model, prepare_parts
+from .prepare import noise_sampler, prepare_model, prepare_parts, sigma_sampler
 from .saving import Saver
 from .state import ADAPTER_NAME, Progress, load_state, read_progress, register, require_same_settings
 
@@ -225,33 +224,8 @@ def _cached_dataset(
         latents.files,
         captions.files,
         seed=options.loop.seed,
-        draw_sigma=_sigma_sampler(options),
-        draw_noise=_noise_sampler(options),
-    )
-
-
-def _sigma_sampler(options: TrainOptions) -> SigmaSampler:
-    flow = options.flow
-    return SigmaSampler(
-        flow.timestep_sampling,  # type: ignore[arg-type]  # one of its choices
-        flow.sigmoid_scale,
-        flow.discrete_flow_shift,
-        options.loss.weighting_scheme,  # type: ignore[arg-type]
-        flow.logit_mean,
-        flow.logit_std,
-        flow.mode_scale,
-        flow.min_timestep / 1000,
-        flow.max_timestep / 1000,
-    )
-
-
-def _noise_sampler(options: TrainOptions) -> NoiseSampler:
-    flow = options.flow
-    return NoiseSampler(
-        flow.noise_offset,
-        flow.noise_offset_random_strength,
-        flow.ip_noise_gamma,
-        flow.ip_noise_gamma_random_strength,
+        draw_sigma=sigma_sampler(options),
+        draw_noise=noise_sampler(options),
     )
 
 

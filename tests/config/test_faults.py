@@ -89,7 +89,10 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         {"timestep_sampling": "uniform", "sigmoid_scale": 2.0},
         'sigmoid_scale: has no effect with timestep_sampling = "u',
     ),
-    ({"discrete_flow_shift": 3}, 'has no effect with timestep_sampling = "sigmoid"; it needs "shift" or "sigma"; remove it'),
+    (
+        {"discrete_flow_shift": 3},
+        'has no effect with timestep_sampling = "sigmoid"; it needs "shift" or "sigma"; remove it',
+    ),
     (
         {"lr_warmup_steps": 10},
         'lr_warmup_steps: has no effect with lr_scheduler = "constant"; use lr_scheduler = "const',
