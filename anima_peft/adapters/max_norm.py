@@ -30,12 +30,14 @@ def limit_norms(components: Components, adapter_name: str, limit: float) -> Delt
     """Shrink every linear layer's delta to a Frobenius norm of at most `limit`, in place and on its device.
 
     The shrinking is spread evenly over the layer's factors, as sd-scripts (networks/lora.py,
-    apply_max_norm_regularization) and LyCORIS do. Deltas of norms are left alone.
+    apply_max_norm_regularization) and LyCORIS do. Deltas of norms are left alone, and so is what is
+    not trained.
     """
     layers = [
         read_factors(layer, adapter_name)
         for model in components.values()
         for _, layer in adapter_layers_of(model, adapter_name)
+        if any(parameter.requires_grad for parameter in layer.parameters())
     ]
     linears = [factors for factors in layers if not isinstance(factors, NormDelta)]
     norms = torch.stack([_delta_norm(factors) for factors in linears])

@@ -14,7 +14,7 @@ _DATASET = "describe the pictures in the dataset TOML (image_dir, num_repeats)"
 _CACHES = "remove it; caches follow the content of pictures and captions"
 _CAPTIONS = "remove it; captions are used as they are written"
 _NOISE = "use noise_offset or ip_noise_gamma"
-_LOSS = "use loss_type and weighting_scheme"
+_LOSS = "remove it; loss_type and weighting_scheme shape the loss"
 _TOKENIZER = "put the T5 tokenizer's files into t5_tokenizer_dir and remove it"
 _OTHER_MODELS = "remove it; it is for other models"
 

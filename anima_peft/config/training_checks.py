@@ -161,4 +161,4 @@ class _Reported:
 
 
 def _leaf() -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.zeros(1))
+    return torch.nn.Parameter(torch.zeros(1, 1))

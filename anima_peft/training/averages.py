@@ -28,7 +28,7 @@ class AdapterAverage:
     def __init__(self, parameters: Sequence[torch.nn.Parameter], optimizer: Any, ema_decay: float | None = None):
         self._parameters, self._optimizer = list(parameters), optimizer
         self._switches = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
-        self._ema = None if ema_decay is None else EMAModel(self._parameters, decay=ema_decay)
+        self._ema = None if ema_decay is None else EMAModel(self._parameters, decay=ema_decay, foreach=True)
         if self._switches:
             optimizer.train()
 

@@ -100,12 +100,15 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class behind a name of `OPTIMIZERS` or a dotted path.
 
     Raises:
-        InputError: as `load_class`, or it is no optimizer.
+        InputError: as `load_class`, or it is no optimizer, or one whose steps evaluate the loss by themselves.
     """
     source = OPTIMIZERS.get(name, Source(name))
     cls = load_class(source.path, source.extra)
     if not issubclass(cls, torch.optim.Optimizer):
         raise InputError(f"{source.path} is no torch.optim.Optimizer")
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(f"{source.path} evaluates the loss several times a step, which training does not do")
     return cls
 
 

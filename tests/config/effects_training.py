@@ -403,7 +403,91 @@ def ip_noise_gamma_random_strength(bench: Bench) -> None:
     assert spread.min() < 0.06 < 0.14 < spread.max() < 0.22
 
 
+def sigmoid_scale(bench: Bench) -> None:
+    plain, wide = draws(bench), draws(bench, sigmoid_scale=1.3)
+    torch.testing.assert_close(torch.logit(wide), 1.3 * torch.logit(plain))
+
+
+def discrete_flow_shift(bench: Bench) -> None:
+    plain, shifted = draws(bench), draws(bench, timestep_sampling="shift", discrete_flow_shift=3)
+    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
+
+
 # Layers of the adapter
+
+
+def network_module(bench: Bench) -> None:
+    assert {type(f) for f in modules_of(bench.network()).values()} == {LoraFactors, NormDelta}
+    assert {type(f) for f in modules_of(bench.network(**LOKR)).values()} == {LoKrFactors, NormDelta}
+
+
+def network_dim(bench: Bench) -> None:
+    ranks = {f.rank for f in modules_of(bench.network(network_dim=3)).values() if isinstance(f, LoraFactors)}
+    assert ranks == {3}
+
+
+def network_alpha(bench: Bench) -> None:
+    scales = {f.scale for f in modules_of(bench.network(network_alpha=2)).values() if isinstance(f, LoraFactors)}
+    assert scales == {0.5}
+    assert next(iter(modules_of(bench.network(network_alpha=0)).values())).scale == 1.0
+
+
+def network_dropout(bench: Bench) -> None:
+    layer = bench.network(network_dropout=0.5).transformer.transformer_blocks[0].attn1.to_q
+    dropped = (layer.lora_dropout["default"](torch.ones(1000)) == 0).float().mean()
+    assert dropped.item() == pytest.approx(0.5, abs=0.1)
+
+
+def network_weights(bench: Bench) -> None:
+    path, source = bench.adapter_file()
+    started = bench.network(network_weights=path).eval()
+    torch.testing.assert_close(output(started), output(source))
+    assert not torch.allclose(output(started), output(tiny_model()), atol=1e-3)
+
+
+def train_norm(bench: Bench) -> None:
+    norms = [f for f in modules_of(bench.network(train_norm=True)).values() if isinstance(f, NormDelta)]
+    assert len(norms) == 9
+    assert not any(isinstance(f, NormDelta) for f in modules_of(bench.network(train_norm=False)).values())
+
+
+def target_modules(bench: Bench) -> None:
+    assert linears_of(bench.network(r"target_modules=blocks\.0\.mlp\..*")) == {
+        "blocks.0.mlp.layer1",
+        "blocks.0.mlp.layer2",
+    }
+
+
+def train_llm_adapter(bench: Bench) -> None:
+    names = {network: linears_of(bench.network(f"train_llm_adapter={network}")) for network in ("false", "true")}
+    assert all(name.startswith("llm_adapter.") for name in names["true"] - names["false"])
+    assert len(names["true"]) > len(names["false"])
+
+
+def use_dora(bench: Bench) -> None:
+    factors = modules_of(bench.network("use_dora=true")).values()
+    assert all(f.magnitude is not None for f in factors if isinstance(f, LoraFactors))
+
+
+def lokr_shapes(bench: Bench, *network_args: str) -> set[tuple[int, bool, bool]]:
+    """Each layer's smaller factor, and whether the factors are low-rank."""
+    factors = modules_of(bench.network(*network_args, train_norm=False, **LOKR | {"network_dim": 1})).values()
+    shapes = [f.shape for f in factors if isinstance(f, LoKrFactors)]
+    return {(shape.a, shape.rank1 is not None, shape.rank2 is not None) for shape in shapes}
+
+
+def lokr_factor(bench: Bench) -> None:
+    assert {a for a, _, _ in lokr_shapes(bench, "lokr_factor=2")} == {2}
+    assert {a for a, _, _ in lokr_shapes(bench, "lokr_factor=4")} == {4}
+
+
+def lokr_full_matrix(bench: Bench) -> None:
+    assert lokr_shapes(bench, "lokr_factor=4") == {(4, False, True)}
+    assert lokr_shapes(bench, "lokr_factor=4", "lokr_full_matrix=true") == {(4, False, False)}
+
+
+def lokr_decompose_both(bench: Bench) -> None:
+    assert lokr_shapes(bench, "lokr_factor=4", "lokr_decompose_both=true") == {(4, True, True)}
 
 
 def exclude_patterns(bench: Bench) -> None:
@@ -584,6 +668,20 @@ EFFECTS: dict[str, Callable[[Bench], None]] = {
         noise_offset_random_strength,
         ip_noise_gamma,
         ip_noise_gamma_random_strength,
+        sigmoid_scale,
+        discrete_flow_shift,
+        network_module,
+        network_dim,
+        network_alpha,
+        network_dropout,
+        network_weights,
+        train_norm,
+        target_modules,
+        train_llm_adapter,
+        use_dora,
+        lokr_factor,
+        lokr_full_matrix,
+        lokr_decompose_both,
         exclude_patterns,
         include_patterns,
         network_reg_dims,

@@ -73,6 +73,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer_type": "nadam"}, 'got "nadam"; PyTorch\'s own is "torch.optim.NAdam"'),
     ({"optimizer_type": "no_such.Optimizer"}, "no_such.Optimizer needs a package that is not installed"),
     ({"optimizer_type": "torch.optim.Adem"}, "optimizer_type: there is no class torch.optim.Adem"),
+    ({"optimizer_type": "torch.optim.LBFGS"}, "torch.optim.LBFGS evaluates the loss several times a step"),
     ({"optimizer_type": "torch.nn.Linear"}, "optimizer_type: torch.nn.Linear is no torch.optim.Optimizer"),
     ({"lr_scheduler": "piecewise_constant"}, 'lr_scheduler: "piecewise_constant" needs step rules'),
     ({"mixed_precision": "fp8"}, 'mixed_precision: expected one of "no", "fp16", "bf16", got "fp8"'),
@@ -187,7 +188,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"compare_prompts": ["a --w 8"]}, "compare_prompts[0]: --w: expected an integer from 16 to 2048, got 8"),
     # options of other trainers
     ({"shuffle_caption": True}, "shuffle_caption: not supported in this version: remove it; captions are used as they"),
-    ({"min_snr_gamma": 5}, "min_snr_gamma: not supported in this version: use loss_type and weighting_scheme"),
+    ({"min_snr_gamma": 5}, "min_snr_gamma: not supported in this version: remove it; loss_type and weighting"),
     (
         {"save_model_as": "ckpt"},
         "save_model_as: not supported in this version: remove it; files are always safetensors",

@@ -89,6 +89,16 @@ def test_modules_of_rate_zero_stay_as_they_start(configure: Configure, tmp_path:
         train(configure(*flags, "--network_args", "network_reg_lrs=.*=0", output_dir=tmp_path / "c"))
 
 
+def test_gradients_are_clipped(configure: Configure, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "1", "--optimizer_type", "torch.optim.SGD", "--learning_rate", "1"]
+    results = [
+        train(configure(*flags, "--max_grad_norm", norm, output_dir=tmp_path / norm)).relative_delta
+        for norm in ("0", "1e-4", "1e-6")
+    ]
+    assert results[1] == pytest.approx(100 * results[2], rel=0.05)
+    assert results[0] > 10 * results[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
