@@ -1,4 +1,4 @@
-"""Every option of the training has its effect; the cases are in `effects_training`."""
+"""Every option of the training has its effect; the cases are in `effects`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from anima_peft.config import (
 )
 from anima_peft.config.options import options_of
 
-from .effects_training import EFFECTS, Bench
+from .effects import EFFECTS
+from .effects.bench import Bench
 
 IN_WHOLE_RUNS = {"max_grad_norm"}
 GROUPS_HERE = (NetworkOptions, FlowOptions, LossOptions, OptimizerOptions, ScheduleOptions, EmaOptions)
