@@ -62,6 +62,20 @@ def test_files_hold_the_average_and_states_what_steps_are_taken_at(
         assert tensors_equal(plain.adapter, state / "adapter.safetensors"), "an average changed the training"
 
 
+def test_the_average_is_that_of_every_steps_weights(configure: Configure, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "4", "--save_every_n_steps", "1", "--save_state", *KINDS["ema"]]
+    train(configure(*flags, output_dir=tmp_path))
+    steps = [load_file(tmp_path / f"test-step{step:08d}-state" / "adapter.safetensors") for step in range(1, 5)]
+    files = [load_file(tmp_path / f"test-step{step:08d}.safetensors") for step in range(1, 5)]
+    for key in [key for key in files[0] if "lora_up" in key]:
+        average = steps[0][key].double()
+        for number, weights in enumerate(steps[1:], start=1):
+            decay = min(0.8, (1 + number) / (10 + number))
+            average = decay * average + (1 - decay) * weights[key].double()
+            torch.testing.assert_close(files[number][key].double(), average, atol=1e-7, rtol=1e-5)
+        assert average.norm() > 0
+
+
 def test_a_state_without_its_average_is_refused(configure: Configure, tmp_path: Path) -> None:
     state = train(configure("--max_train_steps", "1", "--save_state", *KINDS["ema"])).adapter.with_name("test-state")
     with pytest.raises(InputError, match="use_ema is False, and was True"):
