@@ -21,9 +21,10 @@ KINDS = {
     "Prodigy": ["--optimizer_type", "Prodigy", "--learning_rate", "1"],
     "Adafactor": ["--optimizer_type", "Adafactor"],
     "Lion": ["--optimizer_type", "Lion", "--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
+    "AdamW8bit": ["--optimizer_type", "AdamW8bit", "--optimizer_args", "min_8bit_size=16"],
     "CAME": ["--optimizer_type", "CAME", "--network_args", "loraplus_lr_ratio=4", "network_reg_lrs=.*mlp.*=1e-3"],
 }
-LIBRARIES = {"Prodigy": "prodigyopt", "Lion": "lion_pytorch", "CAME": "came_pytorch"}
+LIBRARIES = {"Prodigy": "prodigyopt", "Lion": "lion_pytorch", "CAME": "came_pytorch", "AdamW8bit": "bitsandbytes"}
 
 
 def tensors_equal(one: Path, other: Path) -> bool:
