@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ def canonical_name(written: str) -> str:
     if _bare(written) in known:
         return known[_bare(written)]
     in_torch = next((name for name in dir(torch.optim) if _bare(name) == _bare(written)), None)
-    hint = f'; PyTorch\'s own is "torch.optim.{in_torch}"' if in_torch else ""
+    close = [known[name] for name in get_close_matches(_bare(written), known, n=1)]
+    hint = f'; did you mean "{close[0]}"?' if close else ""
+    hint = f'; PyTorch\'s own is "torch.optim.{in_torch}"' if in_torch else hint
     raise InputError(
         f'expected one of {", ".join(OPTIMIZERS)}, or the path of a class such as "torch.optim.NAdam", '
         f'got "{written}"{hint}'

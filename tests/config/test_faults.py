@@ -70,6 +70,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         "network_args.train_norm: false differs from train_norm = true, and both set the same option",
     ),
     ({"optimizer_type": "AdamX"}, "optimizer_type: expected one of AdamW, AdamW8bit, PagedAdamW8bit, Lion, Lion8bit"),
+    ({"optimizer_type": "radam-schedulefre"}, 'got "radam-schedulefre"; did you mean "RAdamScheduleFree"?'),
     ({"optimizer_type": "nadam"}, 'got "nadam"; PyTorch\'s own is "torch.optim.NAdam"'),
     ({"optimizer_type": "no_such.Optimizer"}, "no_such.Optimizer needs a package that is not installed"),
     ({"optimizer_type": "torch.optim.Adem"}, "optimizer_type: there is no class torch.optim.Adem"),
