@@ -10,18 +10,20 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 
 from ..errors import InputError
 from ..files import save_tensors
 from .factors import Factors, alike, rescaled, summary
 from .hotswap import reserve_rank, swap
 from .injection import Plan, announce_full_matrices, inject, plan_file, plan_training
-from .layers import adapter_parameters, read_weights, write_weights
+from .layers import adapter_layers_of, adapter_parameters, read_weights, write_weights
+from .lora import LoraConfig, add_dropouts
 from .metadata import describe, with_hashes
 from .naming import Components, ModuleName, ModuleTable
 from .reading import parse
 from .sources import DIFFUSERS_FILE_NAME, Source, read_source
-from .strengths import activate, active_adapters, adapter_names, remove, require_ready
+from .strengths import activate, active_adapters, adapter_names, bake, remove, require_ready
 from .writing import FORMATS, Format, serialize
 
 
@@ -46,6 +48,11 @@ def add_adapter(
     plans = plan_training(config, ModuleTable(components))
     announce_full_matrices(config, plans)
     _inject_beside(components, plans, adapter_name)
+    if isinstance(config, LoraConfig):
+        for model in components.values():
+            for _, layer in adapter_layers_of(model, adapter_name):
+                if isinstance(layer, LoraLayer):
+                    add_dropouts(layer, adapter_name, config)
     for model in components.values():
         model.requires_grad_(False)
     parameters = adapter_parameters(components, adapter_name)
@@ -84,23 +91,32 @@ def start_from(components: Components, source: Source, adapter_name: str = "defa
         InputError: the file cannot be read, is of another kind, rank or factor shape, or has nothing in common with
             the adapter.
     """
-    file = read_source(source)
-    weights = parse(file, ModuleTable(components))
+    weights, label = parse_source(components, source)
     present = read_adapter(components, adapter_name)
     common = [name for name in present if name in weights]
     unlike = [name.native for name in common if not alike(present[name], weights[name])]
     if unlike or not common:
         raise InputError(
-            f"{file.source}: cannot be started from: it holds {summary(weights)}, and the network is {summary(present)}"
+            f"{label}: cannot be started from: it holds {summary(weights)}, and the network is {summary(present)}"
             + (f" ({len(unlike)} modules differ, such as {unlike[0]})" if unlike else "")
             + ". Use the network options that the file was trained with."
         )
     write_weights(components, {name: rescaled(weights[name], present[name].scale) for name in common}, adapter_name)
     missing, unused = len(present) - len(common), len(weights) - len(common)
     return (
-        f"Started from {file.source}: took {summary({name: weights[name] for name in common})}; "
+        f"Started from {label}: took {summary({name: weights[name] for name in common})}; "
         f"{missing} modules of the network are not in the file and start at zero, {unused} of the file are not trained."
     )
+
+
+def parse_source(components: Components, source: Source, **where: Any) -> tuple[dict[ModuleName, Factors], str]:
+    """What a file, a folder, a hub repo or tensors hold for this model, and what to call them in messages.
+
+    Raises:
+        InputError: the file is not there, not an Anima adapter, or a key is not understood.
+    """
+    file = read_source(source, **where)
+    return parse(file, ModuleTable(components)), file.source
 
 
 def load_adapter(
@@ -134,15 +150,15 @@ def load_adapter(
     if hotswap:
         if adapter_name not in adapter_names(components):
             raise InputError(f"hotswap: no adapter named {adapter_name!r} is loaded; name the one to replace.")
-        swap(components, parse(read_source(source, **where), ModuleTable(components)), adapter_name)
+        swap(components, parse_source(components, source, **where)[0], adapter_name)
         return adapter_name
     if adapter_name is None:
         taken = adapter_names(components)
         adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
     _require_new(components, adapter_name)
     require_ready(components, "load_lora_adapter")
-    file = read_source(source, **where)
-    weights = reserve_rank(components, parse(file, ModuleTable(components)), file.source)
+    weights, label = parse_source(components, source, **where)
+    weights = reserve_rank(components, weights, label)
     # From here on nothing can fail for what the file says: every key and shape has been checked.
     active = active_adapters(components)
     try:
@@ -155,6 +171,19 @@ def load_adapter(
     for parameter in adapter_parameters(components, adapter_name):
         parameter.requires_grad_(False)
     return adapter_name
+
+
+def merge_adapter(components: Components, source: Source, strength: float = 1.0) -> None:
+    """Add an adapter to the base weights for good: the model then carries no trace of it, and no saved file holds it.
+
+    The model must carry no adapters.
+
+    Raises:
+        InputError: as `load_adapter`, or the sum is not finite.
+    """
+    assert not adapter_names(components), "adapters would be merged along with it"
+    name = load_adapter(components, source)
+    bake(components, name, strength)
 
 
 def save_adapter(

@@ -166,7 +166,7 @@ class _AddKron(torch.autograd.Function):
             if after is not None:
                 torch.mm(here.view(-1, len(after)), after, out=mixed.view(-1, after.shape[1]))
                 d_mixed = mixed
-            d_w1 += torch.bmm(d_mixed, part.mT, out=pairs[:count]).sum(0)
+            d_w1 += torch.bmm(d_mixed, part.mT, out=pairs[:count]).sum(0, dtype=d_w1.dtype)
             target = None if d_x is None else d_x[start : start + step]
             if target is not None and weight is not None:
                 torch.mm(here, weight, out=target)

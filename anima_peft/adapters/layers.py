@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,32 +29,53 @@ def adapter_layers_of(model: torch.nn.Module, adapter_name: str) -> Iterator[tup
             yield path.replace(".base_layer", ""), module
 
 
-def adapter_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
-    """The parameters of one adapter, in the model's order."""
-    parameters: list[torch.nn.Parameter] = []
-    for model in components.values():
-        for _, layer in adapter_layers_of(model, adapter_name):
-            for name in layer.adapter_layer_names:
-                by_adapter = getattr(layer, name)
+@dataclass(frozen=True)
+class AdapterParameter:
+    """One parameter of an adapter.
+
+    Attributes:
+        module: what it adapts.
+        part: which of the layer's parts it is, by PEFT's name: `lora_A`, `lora_B`, `lora_magnitude_vector`,
+            `lokr_w1`, `lokr_w2_b`, `lora_delta`, …
+        parameter: the leaf.
+    """
+
+    module: ModuleName
+    part: str
+    parameter: torch.nn.Parameter
+
+    @property
+    def is_decayed(self) -> bool:
+        """Whether weight decay may shrink it.
+
+        Not deltas of norms, and not DoRA's magnitudes: these start at the base weights' norms, and decay would shrink
+        the base.
+        """
+        return "delta" not in self.part and "magnitude" not in self.part
+
+    @property
+    def is_up(self) -> bool:
+        """Whether LoRA+ gives it the higher rate: LoRA's up matrix (Hayou et al. 2024), and of LoKr's factors w1, as
+        in sd-scripts (networks/network_base.py)."""
+        return self.part == "lora_B" or self.part.startswith("lokr_w1")
+
+
+def parts_of(components: Components, table: ModuleTable, adapter_name: str) -> Iterator[AdapterParameter]:
+    """The parameters of one adapter with what they are, in the model's order."""
+    for component, model in components.items():
+        for path, layer in adapter_layers_of(model, adapter_name):
+            module = table.by_diffusers[f"{component}.{path}"]
+            for part in layer.adapter_layer_names:
+                by_adapter = getattr(layer, part)
                 if adapter_name in by_adapter:
                     held = by_adapter[adapter_name]
-                    parameters += held.parameters() if isinstance(held, torch.nn.Module) else [held]
-    return parameters
+                    for parameter in held.parameters() if isinstance(held, torch.nn.Module) else [held]:
+                        yield AdapterParameter(module, part, parameter)
 
 
-def undecayed_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
-    """Those of one adapter's parameters that weight decay has no business with.
-
-    Deltas of norms, and DoRA's magnitudes: these start at the base weights' norms, and decay would shrink the base.
-    """
-    parameters: list[torch.nn.Parameter] = []
-    for model in components.values():
-        for _, layer in adapter_layers_of(model, adapter_name):
-            if isinstance(layer, DeltaLayer):
-                parameters += [parameter for parameter in layer.delta(adapter_name) if parameter is not None]
-            elif isinstance(layer, LoraLayer) and layer.use_dora.get(adapter_name, False):
-                parameters.append(layer.lora_magnitude_vector[adapter_name].weight)
-    return parameters
+def adapter_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
+    """The parameters of one adapter, in the model's order."""
+    return [part.parameter for part in parts_of(components, ModuleTable(components), adapter_name)]
 
 
 def read_weights(components: Components, table: ModuleTable, adapter_name: str) -> dict[ModuleName, Factors]:
@@ -62,7 +83,7 @@ def read_weights(components: Components, table: ModuleTable, adapter_name: str) 
     weights: dict[ModuleName, Factors] = {}
     for component, model in components.items():
         for path, layer in adapter_layers_of(model, adapter_name):
-            name, factors = table.by_diffusers[f"{component}.{path}"], _read(layer, adapter_name)
+            name, factors = table.by_diffusers[f"{component}.{path}"], read_factors(layer, adapter_name)
             weights[name] = factors if name not in weights else _joined(weights[name], factors)
     return weights
 
@@ -82,7 +103,7 @@ def write_weights(components: Components, weights: Weights, adapter_name: str) -
         by_path = {name.path: factors for name, factors in weights.items() if name.component == component}
         for path, layer in adapter_layers_of(model, adapter_name):
             if path in by_path:
-                targets = tensors_of(_read(layer, adapter_name))
+                targets = tensors_of(read_factors(layer, adapter_name))
                 sources = tensors_of(_share_of(layer, by_path[path]))
                 # All that can fail, for want of memory, comes before the first copy.
                 pairs += [(a, b.to(a.device, a.dtype)) for a, b in zip(targets, sources, strict=True)]
@@ -103,7 +124,7 @@ def relative_delta(components: Components, adapter_name: str) -> float:
     delta = weight = 0.0
     for model in components.values():
         for _, layer in adapter_layers_of(model, adapter_name):
-            factors = _read(layer, adapter_name)
+            factors = read_factors(layer, adapter_name)
             if isinstance(factors, FullDelta) and factors.weight is None:
                 continue  # a bias beside the weight that another layer counts
             delta += factors.delta_norm() ** 2
@@ -111,7 +132,8 @@ def relative_delta(components: Components, adapter_name: str) -> float:
     return (delta / weight) ** 0.5 if weight else 0.0
 
 
-def _read(layer: Any, adapter_name: str) -> Factors:
+def read_factors(layer: Any, adapter_name: str) -> Factors:
+    """One layer's factors, detached: they share the parameters' memory."""
     if isinstance(layer, LoraLayer):
         alpha = float(layer.lora_alpha[adapter_name])
         if layer.use_rslora.get(adapter_name, False):

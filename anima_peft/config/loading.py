@@ -15,11 +15,13 @@ from . import checks, foreign
 from .command_line import FileOptions, help_text, make_parser, read_flags
 from .dataset import BatchKeys, DatasetKeys, SubsetKeys, read_datasets
 from .files import read_toml
+from .network import ARGUMENT_LISTS
 from .options import Kind, Option, Rules, options_of
 from .picture_loss import check_picture_loss
 from .reading import FAULTY, Faults, shown
 from .schema import Found, Given, Schema
-from .train import ARGUMENT_LISTS, DEFAULT_TRAIN_STEPS, TrainOptions
+from .train import DEFAULT_TRAIN_STEPS, TrainOptions
+from .training_checks import check_training
 
 MIGRATION = "python tools/convert_anima_root_to_kohya.py --input old_root.toml --output_dir converted"
 
@@ -129,6 +131,7 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
         checks.check_network(OPTIONS, found, faults)
         checks.check_hub_places(OPTIONS, found, faults)
     checks.check_effects(OPTIONS.values(), found, faults)
+    check_training(OPTIONS, found, faults)
 
     datasets: tuple[DatasetSpec, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -31,6 +31,7 @@ from .variation import draw_variation
 # Source: huggingface/diffusers, AnimaTextConditioner, minimum output length.
 MIN_PROMPT_ROWS = 512
 LATENT_CHANNELS = 16
+_STACKED = ("latents", "noise", "input_noise", "sigma", "mask", "loss_weight")
 
 Group = tuple[int, tuple[int, int]]
 """(index of the dataset, bucket as (width, height)): samples of one group may share a batch."""
@@ -45,6 +46,11 @@ class SampleKey(NamedTuple):
     sample: int
     batch: int = 0
     """The number of its batch in the epoch: how far the run is, for captions that grow."""
+
+
+def plain_noise(generator: torch.Generator, shape: torch.Size) -> dict[str, torch.Tensor]:
+    """Standard normal `noise` of that shape, float32."""
+    return {"noise": torch.randn(shape, generator=generator, dtype=torch.float32)}
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class CachedDataset(Dataset[Sample]):
     A sample holds:
         latents: (C, h, w) float32; the mirrored picture's in half of the cases where `flip_aug` is on.
         pixels: (3, H, W) float32 in [-1, 1], where the latents are not kept; `latents` is zero there.
-        noise: (C, h, w) float32, standard normal.
+        noise: (C, h, w) float32, and what else `draw_noise` gives.
         sigma: () float32, from `draw_sigma`.
         the text tensors of its caption, as they were kept, or where they are not, the `caption` as a str.
         mask: (1, h, w) float32 in [0, 1], if any picture has one; ones for those without.
@@ -88,8 +94,9 @@ class CachedDataset(Dataset[Sample]):
         captions: the file of each caption, `CaptionsPlan.of_caption`; all exist. None: encoded in every step.
         masks: for each picture its mask, `MasksPlan.files`; all exist. None: from the picture's own mask.
         seed: of the run.
-        draw_sigma: from a generator and the latents' (h, w), a sigma in [0, 1]; can be pickled where worker
-            processes are spawned.
+        draw_sigma: from a generator and the latents' (h, w), a sigma in [0, 1].
+        draw_noise: from a generator and (C, h, w), noise tensors of that shape by name, `noise` among them. Both can be
+            pickled where worker processes are spawned.
         choose_caption: the caption of a sample.
         prior_loss_weight: weight of regularisation pictures in the loss.
 
@@ -106,6 +113,7 @@ class CachedDataset(Dataset[Sample]):
         *,
         seed: int,
         draw_sigma: Callable[[torch.Generator, tuple[int, int]], float],
+        draw_noise: Callable[[torch.Generator, torch.Size], Mapping[str, torch.Tensor]] = plain_noise,
         choose_caption: CaptionChoice,
         prior_loss_weight: float = 1.0,
     ) -> None:
@@ -118,7 +126,7 @@ class CachedDataset(Dataset[Sample]):
         assert len(self._latents) == len(self._masks) == len(self.pictures)
         self._captions = captions
         self._seed = seed
-        self._draw_sigma, self._choose_caption = draw_sigma, choose_caption
+        self._draw_sigma, self._draw_noise, self._choose_caption = draw_sigma, draw_noise, choose_caption
         self._has_masks = any(picture.mask for picture in self.pictures)
         has_weights = prior_loss_weight != 1 and any(picture.is_reg for picture in self.pictures)
         self._prior_loss_weight = prior_loss_weight if has_weights else None
@@ -148,7 +156,7 @@ class CachedDataset(Dataset[Sample]):
         sample = self._picture(number, flip, sample_random(self._seed, epoch, index, "variation"))
         latents = sample["latents"]
         sigma = self._draw_sigma(generator("sigma"), (latents.shape[-2], latents.shape[-1]))
-        sample["noise"] = torch.randn(latents.shape, generator=generator("noise"), dtype=torch.float32)
+        sample |= self._draw_noise(generator("noise"), latents.shape)
         sample["sigma"] = torch.tensor(sigma, dtype=torch.float32)
         caption = self._choose_caption(picture, epoch, index, batch)
         sample |= {"caption": caption} if self._captions is None else read_entry(self._captions[caption])
@@ -189,12 +197,13 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack samples of one group into a batch, and give their texts a common length.
 
     Returns:
-        latents, noise: (B, C, h, w) float32; sigma: (B,) float32; where samples have them, mask: (B, 1, h, w) and
-        loss_weight: (B,) float32; where latents have to be encoded yet, pixels: (P, 3, H, W) float32 and pixel_rows:
-        (P,) int64, their rows in `latents`; and the text: `captions` as a list of str where it has to be encoded yet,
-        else what `stack_text` gives.
+        latents, noise, perhaps input_noise: (B, C, h, w) float32; sigma: (B,) float32; where samples have them,
+            mask: (B, 1, h, w) and loss_weight: (B,) float32.
+        Where latents have to be encoded yet, pixels: (P, 3, H, W) float32 and pixel_rows: (P,) int64, their rows in
+            `latents`.
+        The text: `captions` as a list of str where it has to be encoded yet, else what `stack_text` gives.
     """
-    names = [name for name in ("latents", "noise", "sigma", "mask", "loss_weight") if name in samples[0]]
+    names = [name for name in _STACKED if name in samples[0]]
     batch: dict[str, Any] = {name: torch.stack([sample[name] for sample in samples]) for name in names}
     rows = [row for row, sample in enumerate(samples) if "pixels" in sample]
     if rows:

@@ -31,10 +31,6 @@ class Outputs:
         return self.folder / f"{self.name}{SUFFIX}"
 
     @property
-    def final_state(self) -> Path:
-        return self.folder / f"{self.name}{STATE_SUFFIX}"
-
-    @property
     def comparison(self) -> Path:
         """The grid of pictures without and with the adapter."""
         return self.folder / f"{self.name}-comparison.png"

@@ -1,0 +1,114 @@
+"""What a run trains on, as a table to look at before it starts: buckets, pictures, batches, steps, what is cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .buckets import Placement
+from .dataset import BucketBatchSampler, SampleTable
+from .pictures import Picture
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """One bucket of one dataset."""
+
+    dataset_index: int
+    bucket: tuple[int, int]
+    pictures: int
+    regularisation: int
+    """How many of the pictures are regularisation pictures."""
+    samples: int
+    """In an epoch, repeats counted."""
+    batches: int
+    """In an epoch."""
+    cropped: float
+    """Share of the resized pictures' area that is cut off, on average, in [0, 1)."""
+    enlarged: int
+    """How many pictures are enlarged."""
+
+
+def bucket_rows(pictures: Sequence[Picture]) -> list[BucketRow]:
+    """The buckets in the order of their datasets, the widest last."""
+    rows = []
+    groups = sorted({(p.dataset_index, p.placement.bucket) for p in pictures}, key=lambda g: (g[0], g[1][0] / g[1][1]))
+    for index, bucket in groups:
+        own = [p for p in pictures if (p.dataset_index, p.placement.bucket) == (index, bucket)]
+        samples = sum(picture.num_repeats for picture in own)
+        rows.append(
+            BucketRow(
+                index,
+                bucket,
+                len(own),
+                sum(picture.is_reg for picture in own),
+                samples,
+                -(-samples // own[0].batch_size),
+                sum(cropped_share(picture.placement) for picture in own) / len(own),
+                sum(picture.placement.resized[0] > picture.size[0] for picture in own),
+            )
+        )
+    return rows
+
+
+def cropped_share(placement: Placement) -> float:
+    """Which share of a resized picture its bucket leaves out, in [0, 1)."""
+    return 1 - placement.bucket[0] * placement.bucket[1] / (placement.resized[0] * placement.resized[1])
+
+
+def summary(
+    pictures: Sequence[Picture], total_steps: int | None, batches_per_step: int, notes: Iterable[str] = ()
+) -> str:
+    """The table, and under it the steps and `notes`.
+
+    Args:
+        pictures: from `scan`.
+        total_steps: optimizer steps of the run; None where it is not known.
+        batches_per_step: gradient accumulation.
+        notes: further sentences.
+    """
+    rows = bucket_rows(pictures)
+    lines = [
+        [
+            str(row.dataset_index),
+            f"{row.bucket[0]} x {row.bucket[1]}",
+            f"{row.pictures}" + (f" ({row.regularisation} reg)" if row.regularisation else ""),
+            str(row.samples),
+            str(row.batches),
+            f"{row.cropped:.1%}",
+            str(row.enlarged),
+        ]
+        for row in rows
+    ]
+    heading = ["dataset", "bucket", "pictures", "samples", "batches", "cropped", "enlarged"]
+    total = [
+        "",
+        f"{len({row.bucket for row in rows})} sizes",
+        *(str(sum(getattr(row, name) for row in rows)) for name in ("pictures", "samples", "batches")),
+        f"{sum(cropped_share(p.placement) for p in pictures) / len(pictures):.1%}",
+        str(sum(row.enlarged for row in rows)),
+    ]
+    return "\n".join([table([heading, *lines, total]), *_steps(rows, total_steps, batches_per_step), *notes])
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Right-aligned columns; a rule under the first row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def batches_per_epoch(pictures: Sequence[Picture]) -> int:
+    """Batches in an epoch of one process."""
+    samples = SampleTable(tuple(pictures))
+    return len(BucketBatchSampler(samples.groups, samples.batch_sizes, seed=0))
+
+
+def _steps(rows: Sequence[BucketRow], total_steps: int | None, batches_per_step: int) -> list[str]:
+    per_epoch = -(-sum(row.batches for row in rows) // batches_per_step)
+    accumulated = f" of {batches_per_step} batches" if batches_per_step > 1 else ""
+    text = f"{per_epoch} steps{accumulated} in an epoch"
+    if total_steps is None:
+        return [f"{text}."]
+    epochs = total_steps / per_epoch
+    return [f"{text}; {total_steps} steps in all, {epochs:.3g} epochs."]

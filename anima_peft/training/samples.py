@@ -1,0 +1,165 @@
+"""The samples of a run: what of them is encoded beforehand and kept, and what in every step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.caching import plan_masks
+from ..data.caption_choice import CaptionChoice, captions_of_run
+from ..data.dataset import BucketBatchSampler, CachedDataset, SampleKey, SampleTable
+from ..data.pictures import Picture
+from .encoding import TextModels, cache_captions, cache_latents, latent_encoder, report_cut_captions
+from .flow import NoiseSampler, SigmaSampler
+from .live import LiveEncoders
+from .text_plan import plan_text
+
+if TYPE_CHECKING:
+    from ..config import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a run trains on.
+
+    Attributes:
+        dataset: its samples.
+        complete: encodes what of them is not kept.
+        notes: what was decided about captions and latents, and what it costs; a sentence each.
+    """
+
+    dataset: CachedDataset
+    complete: LiveEncoders
+    notes: tuple[str, ...]
+
+
+def batches_of_run(sampler: BucketBatchSampler, batches_per_step: int, total_steps: int) -> Iterator[list[SampleKey]]:
+    """Every batch of a run in its order: to its last step, whichever epoch that is in."""
+    steps_per_epoch = -(-len(sampler) // batches_per_step)
+    for first in range(0, total_steps, steps_per_epoch):
+        for number, batch in enumerate(sampler.batches(first // steps_per_epoch)):
+            if first + number // batches_per_step >= total_steps:
+                return
+            yield batch
+
+
+def prepare_samples(
+    options: TrainOptions,
+    pictures: tuple[Picture, ...],
+    sampler: BucketBatchSampler,
+    vae: Path,
+    vae_hash: str,
+    text: TextModels,
+    *,
+    total_steps: int,
+) -> Samples:
+    """Encode what is kept, and load what encodes the rest.
+
+    VAE and text encoder are gone afterwards unless they are needed in the steps.
+
+    Args:
+        pictures: from `scan`.
+        sampler: over their `SampleTable`.
+        vae: the VAE's file or folder; `vae_hash` identifies it.
+        text: what captions are encoded with.
+        total_steps: of the run.
+
+    Raises:
+        InputError: a model cannot be loaded, a picture or mask cannot be read, the cache cannot be written.
+    """
+    loop = options.loop
+    cache_dir = Path(loop.cache_dir) if loop.cache_dir else None
+    choose = CaptionChoice(loop.seed, len(sampler), loop.gradient_accumulation_steps, total_steps)
+    kept = pictures if loop.cache_latents else ()
+    latents = cache_latents(
+        kept,
+        vae,
+        model_hash=vae_hash,
+        dtype=text.dtype,
+        device=text.device,
+        batch_size=loop.vae_batch_size,
+        cache_dir=cache_dir,
+    )
+    masks = plan_masks(pictures, cache_dir=cache_dir)
+    masks.encode()
+
+    run = batches_of_run(sampler, loop.gradient_accumulation_steps, total_steps)
+    captions = captions_of_run(pictures, SampleTable(pictures).picture_of_sample, run, choose)
+    plan = plan_text(
+        pictures,
+        captions,
+        keep=loop.cache_text_encoder_outputs,
+        max_length=text.max_length,
+        width=text.model.text_conditioner.config.target_dim,
+        dtype=text.dtype,
+    )
+    files, encode_text = None, None
+    if plan.captions is not None:
+        needed = {caption: pictures[number] for caption, number in plan.captions.items()}
+        files = cache_captions(needed, text, cache_dir=cache_dir).of_caption
+    else:
+        report_cut_captions({picture.caption: picture for picture in pictures}, text)
+        encode_text = text.encoder()
+    live = [file is None for file in latents.files] if loop.cache_latents else [True] * len(pictures)
+    dataset = CachedDataset(
+        pictures,
+        latents.files if loop.cache_latents else [None] * len(pictures),
+        files,
+        masks.files,
+        seed=loop.seed,
+        draw_sigma=sigma_sampler(options),
+        draw_noise=noise_sampler(options),
+        choose_caption=choose,
+        prior_loss_weight=options.picture_loss.prior_loss_weight,
+    )
+    encode_latents = latent_encoder(vae, text.dtype, text.device) if any(live) else None
+    notes = (_latents_note(live, loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
+    return Samples(dataset, LiveEncoders(encode_latents, encode_text), notes)
+
+
+def sigma_sampler(options: TrainOptions) -> SigmaSampler:
+    """How the options draw noise levels."""
+    flow = options.flow
+    return SigmaSampler(
+        flow.timestep_sampling,  # type: ignore[arg-type]  # one of its choices
+        flow.sigmoid_scale,
+        flow.discrete_flow_shift,
+        options.loss.weighting_scheme,  # type: ignore[arg-type]
+        flow.logit_mean,
+        flow.logit_std,
+        flow.mode_scale,
+        flow.min_timestep / 1000,
+        flow.max_timestep / 1000,
+    )
+
+
+def noise_sampler(options: TrainOptions) -> NoiseSampler:
+    """How the options draw noise."""
+    flow = options.flow
+    return NoiseSampler(
+        flow.noise_offset,
+        flow.noise_offset_random_strength,
+        flow.ip_noise_gamma,
+        flow.ip_noise_gamma_random_strength,
+    )
+
+
+def _latents_note(live: list[bool], kept: bool) -> str:
+    if not any(live):
+        return f"Latents are encoded before training and kept: those of all {len(live)} pictures."
+    why = "cache_latents = false" if not kept else "color_aug or random_crop vary them"
+    return (
+        f"The pixels of {sum(live)} of {len(live)} pictures are encoded in every step ({why}): the VAE stays in "
+        "memory, and each step takes longer by its encoding."
+    )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model's weights."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
