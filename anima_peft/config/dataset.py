@@ -279,7 +279,7 @@ def _check_places(subsets: list[Levels], path: str, faults: Faults) -> None:
         if place == (None, None):
             faults.add(
                 f"{path}.subsets[{index}].image_dir",
-                f"required where there is no metadata_file, but not given. {_ALL_OPTIONS['image_dir'].rules.help}",
+                f"required, but not given. {_ALL_OPTIONS['image_dir'].rules.help}",
             )
         elif place in seen:
             faults.add(

@@ -47,8 +47,9 @@ def find(datasets: Sequence[DatasetSpec], faults: list[str]) -> Iterator[Found]:
         for subset_index, subset in enumerate(dataset.subsets):
             name = f"{where}.subsets[{subset_index}]"
             masks = _masks(subset, name, faults)
-            # Without buckets every picture would only repeat that fault.
-            for path, entry in _files(subset, name, faults) if has_buckets else ():
+            for path, entry in _files(subset, name, faults):
+                if not has_buckets:  # every picture would only repeat that fault
+                    continue
                 mask = _mask(path, subset, masks, faults)
                 caption = _caption(path, entry, subset, faults)
                 yield Found(path, dataset_index, dataset, subset, caption, mask)

@@ -19,16 +19,17 @@ from ..models.precision import enable_fp32_residual
 from ..transformer import AnimaTransformerModel
 from .attention import set_attention
 from .averages import AdapterAverage
+from .flow import NoiseSampler, SigmaSampler
 from .groups import Rates, group_parameters
 from .loop import Parts
 from .losses import FlowLoss
 from .optimizers import build_optimizer, sets_own_rate
-from .samples import Samples
 from .schedules import ADAFACTOR, as_steps, build_custom_scheduler, build_scheduler
 from .state import ADAPTER_NAME
 
 if TYPE_CHECKING:
     from ..config import TrainOptions
+    from .samples import Samples
 
 
 def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerator: Accelerator) -> None:
@@ -131,6 +132,33 @@ def _scheduler(
         timescale=schedule.lr_scheduler_timescale,
         min_lr_ratio=schedule.lr_scheduler_min_lr_ratio,
         arguments=schedule.arguments,
+    )
+
+
+def sigma_sampler(options: TrainOptions) -> SigmaSampler:
+    """How the options draw noise levels."""
+    flow = options.flow
+    return SigmaSampler(
+        flow.timestep_sampling,  # type: ignore[arg-type]  # one of its choices
+        flow.sigmoid_scale,
+        flow.discrete_flow_shift,
+        options.loss.weighting_scheme,  # type: ignore[arg-type]
+        flow.logit_mean,
+        flow.logit_std,
+        flow.mode_scale,
+        flow.min_timestep / 1000,
+        flow.max_timestep / 1000,
+    )
+
+
+def noise_sampler(options: TrainOptions) -> NoiseSampler:
+    """How the options draw noise."""
+    flow = options.flow
+    return NoiseSampler(
+        flow.noise_offset,
+        flow.noise_offset_random_strength,
+        flow.ip_noise_gamma,
+        flow.ip_noise_gamma_random_strength,
     )
 
 

@@ -13,8 +13,8 @@ from ..data.caption_choice import CaptionChoice, captions_of_run
 from ..data.dataset import BucketBatchSampler, CachedDataset, SampleKey, SampleTable
 from ..data.pictures import Picture
 from .encoding import TextModels, cache_captions, cache_latents, latent_encoder, report_cut_captions
-from .flow import NoiseSampler, SigmaSampler
 from .live import LiveEncoders
+from .prepare import noise_sampler, sigma_sampler
 from .text_plan import plan_text
 
 if TYPE_CHECKING:
@@ -120,33 +120,6 @@ def prepare_samples(
     encode_latents = latent_encoder(vae, text.dtype, text.device) if any(live) else None
     notes = (_latents_note(live, loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
     return Samples(dataset, LiveEncoders(encode_latents, encode_text), notes)
-
-
-def sigma_sampler(options: TrainOptions) -> SigmaSampler:
-    """How the options draw noise levels."""
-    flow = options.flow
-    return SigmaSampler(
-        flow.timestep_sampling,  # type: ignore[arg-type]  # one of its choices
-        flow.sigmoid_scale,
-        flow.discrete_flow_shift,
-        options.loss.weighting_scheme,  # type: ignore[arg-type]
-        flow.logit_mean,
-        flow.logit_std,
-        flow.mode_scale,
-        flow.min_timestep / 1000,
-        flow.max_timestep / 1000,
-    )
-
-
-def noise_sampler(options: TrainOptions) -> NoiseSampler:
-    """How the options draw noise."""
-    flow = options.flow
-    return NoiseSampler(
-        flow.noise_offset,
-        flow.noise_offset_random_strength,
-        flow.ip_noise_gamma,
-        flow.ip_noise_gamma_random_strength,
-    )
 
 
 def _latents_note(live: list[bool], kept: bool) -> str:

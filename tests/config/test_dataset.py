@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from anima_peft.config.dataset import parse_resolution
-from anima_peft.data.specs import DatasetSpec, SubsetSpec
+from anima_peft.data.specs import CaptionSpec, DatasetSpec, SubsetSpec
 from anima_peft.errors import InputError
 
 PICTURES = '[[datasets.subsets]]\nimage_dir = "p"\n'
@@ -210,18 +210,40 @@ FAULTS = [
         dataset("bucket_no_upscale = true"),
         "bucket_no_upscale: has no effect with enable_bucket = false; set enable_buc",
     ),
+    (dataset("keep_tokens = 1"), "datasets[0].keep_tokens: has no effect without shuffle_caption, caption_tag_dropout"),
+    (dataset("token_warmup_min = 2"), "datasets[0].token_warmup_min: has no effect with token_warmup_step = 0"),
+    (dataset("caption_separator = ';'"), "datasets[0].caption_separator: has no effect without shuffle_caption"),
     (
-        dataset(BUCKETS + "bucket_no_upscale = true"),
-        "max_bucket_reso: has no effect with bucket_no_upscale = true; rem",
+        dataset(subset="metadata_file = 'm.json'\ncaption_extension = '.cap'"),
+        'datasets[0].subsets[0].caption_extension: has no effect with metadata_file = "m.json"',
     ),
+    (
+        dataset(subset="conditioning_data_dir = 'm'"),
+        "conditioning_data_dir: has no effect without masked_loss = true in the train args; add it",
+    ),
+    # values of captions
+    (dataset("shuffle_caption = 1"), "datasets[0].shuffle_caption: expected true or false, got 1"),
+    (dataset("caption_dropout_rate = 1.5"), "caption_dropout_rate: expected a number from 0 to 1, got 1.5"),
+    (dataset("token_warmup_step = 1.5"), "token_warmup_step: expected an integer number of steps or a share below 1"),
+    (dataset("resize_interpolation = 'lancos'"), 'resize_interpolation: expected one of "area", "box", "nearest"'),
+    (dataset("skip_image_resolution = 1"), "skip_image_resolution: expected a side or [width, height] in pixels"),
+    # places
+    (
+        "[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 2",
+        "datasets[0].subsets[0].image_dir: required, but not given. Folder of the pictures; with metadata_file, where",
+    ),
+    (
+        dataset() + PICTURES,
+        "datasets[0].subsets[1]: names the same pictures as datasets[0].subsets[0]; sd-scripts ignores the second.",
+    ),
+    (dataset(general="is_reg = true"), "general.is_reg: belongs into [[datasets.subsets]]"),
     (dataset(general="bucket_reso_steps = 32"), "general.bucket_reso_steps: has no effect with enable_bucket = false"),
     # options of other trainers
-    (dataset(general="shuffle_caption = true"), "general.shuffle_caption: not supported in this version: remove it"),
+    (dataset(general="validation_split = 0.1"), "general.validation_split: not supported in this version: remove it"),
     (
-        dataset(subset="metadata_file = 'x.json'"),
-        "subsets[0].metadata_file: not supported in this version: use image_d",
+        dataset(subset="face_crop_aug_range = [1, 3]"),
+        "face_crop_aug_range: not supported in this version: use",
     ),
-    (dataset(subset="is_reg = true"), "datasets[0].subsets[0].is_reg: not supported in this version: remove it"),
 ]
 
 
@@ -255,3 +277,195 @@ def test_a_faulty_dataset_key_is_not_also_said_to_hide_the_train_args(load_with)
     with pytest.raises(InputError) as report:
         load_with({"train_batch_size": 2}, dataset("batch_size = 0"))
     assert str(report.value).count("\n") == 1
+
+
+# Dataset files as sd-scripts' documentation shows them (docs/config_README-en.md, docs/masked_loss_README.md).
+TWO_WAYS = r"""
+[general]
+shuffle_caption = true
+caption_extension = '.txt'
+keep_tokens = 1
+
+# This is a DreamBooth-style dataset
+[[datasets]]
+resolution = 512
+batch_size = 4
+keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = 'C:\hoge'
+  class_tokens = 'hoge girl'
+
+  [[datasets.subsets]]
+  image_dir = 'C:\fuga'
+  class_tokens = 'fuga boy'
+  keep_tokens = 3
+
+  [[datasets.subsets]]
+  is_reg = true
+  image_dir = 'C:\reg'
+  class_tokens = 'human'
+  keep_tokens = 1
+
+# This is a fine-tuning dataset
+[[datasets]]
+resolution = [768, 768]
+batch_size = 2
+
+  [[datasets.subsets]]
+  image_dir = 'C:\piyo'
+  metadata_file = 'C:\piyo\piyo_md.json'
+"""
+THREE_RESOLUTIONS = r"""
+[general]
+enable_bucket = true
+bucket_no_upscale = true
+max_bucket_reso = 1536
+
+[[datasets]]
+resolution = 768
+  [[datasets.subsets]]
+  image_dir = 'C:\hoge'
+
+[[datasets]]
+resolution = 1024
+skip_image_resolution = 768
+  [[datasets.subsets]]
+  image_dir = 'C:\hoge'
+
+[[datasets]]
+resolution = 1280
+skip_image_resolution = 1024
+  [[datasets.subsets]]
+  image_dir = 'C:\hoge'
+"""
+SEPARATORS = """
+[general]
+flip_aug = true
+color_aug = false
+resolution = [1024, 1024]
+
+[[datasets]]
+batch_size = 6
+enable_bucket = true
+bucket_no_upscale = true
+caption_extension = ".txt"
+keep_tokens_separator= "|||"
+shuffle_caption = true
+caption_tag_dropout_rate = 0.1
+secondary_separator = ";;;" # subset 側に書くこともできます / can be written in the subset side
+enable_wildcard = true # 同上 / same as above
+
+  [[datasets.subsets]]
+  image_dir = "/path/to/image_dir"
+  num_repeats = 1
+  caption_prefix = "1girl, hatsune miku, vocaloid |||"
+  caption_suffix = ", anime screencap ||| masterpiece, rating: general"
+"""
+MASKED = """
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = "/path/to/image_dir"
+  caption_extension = ".txt"
+  conditioning_data_dir = "/path/to/mask_dir"
+  num_repeats = 8
+"""
+IN_SD_SCRIPTS_WORDS = [
+    (
+        TWO_WAYS,
+        (
+            DatasetSpec(
+                tuple(
+                    SubsetSpec(
+                        Path("C:\\" + name),
+                        class_tokens=tokens,
+                        is_reg=name == "reg",
+                        captions=CaptionSpec(shuffle_caption=True, keep_tokens=keep),
+                    )
+                    for name, tokens, keep in (("hoge", "hoge girl", 2), ("fuga", "fuga boy", 3), ("reg", "human", 1))
+                ),
+                resolution=(512, 512),
+                batch_size=4,
+            ),
+            DatasetSpec(
+                (
+                    SubsetSpec(
+                        Path("C:\\piyo"),
+                        metadata_file=Path("C:\\piyo\\piyo_md.json"),
+                        captions=CaptionSpec(shuffle_caption=True, keep_tokens=1),
+                    ),
+                ),
+                resolution=(768, 768),
+                batch_size=2,
+            ),
+        ),
+    ),
+    (
+        THREE_RESOLUTIONS,
+        tuple(
+            DatasetSpec(
+                (SubsetSpec(Path("C:\\hoge")),),
+                resolution=(side, side),
+                enable_bucket=True,
+                max_bucket_reso=1536,
+                bucket_no_upscale=True,
+                skip_image_resolution=skipped,
+            )
+            for side, skipped in ((768, None), (1024, (768, 768)), (1280, (1024, 1024)))
+        ),
+    ),
+    (
+        SEPARATORS,
+        (
+            DatasetSpec(
+                (
+                    SubsetSpec(
+                        Path("/path/to/image_dir"),
+                        flip_aug=True,
+                        captions=CaptionSpec(
+                            caption_prefix="1girl, hatsune miku, vocaloid |||",
+                            caption_suffix=", anime screencap ||| masterpiece, rating: general",
+                            keep_tokens_separator="|||",
+                            shuffle_caption=True,
+                            caption_tag_dropout_rate=0.1,
+                            secondary_separator=";;;",
+                            enable_wildcard=True,
+                        ),
+                    ),
+                ),
+                batch_size=6,
+                enable_bucket=True,
+                bucket_no_upscale=True,
+            ),
+        ),
+    ),
+    (
+        MASKED,
+        (
+            DatasetSpec(
+                (SubsetSpec(Path("/path/to/image_dir"), 8, conditioning_data_dir=Path("/path/to/mask_dir")),),
+            ),
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"), IN_SD_SCRIPTS_WORDS, ids=["two ways", "three resolutions", "separators", "masked"]
+)
+def test_files_of_sd_scripts_documentation_mean_the_same(load_with, text: str, specs: tuple[DatasetSpec, ...]) -> None:
+    run = load_with({"masked_loss": True} if text is MASKED else None, text)
+    assert run.datasets == specs
+    # Bounds of buckets that do nothing beside bucket_no_upscale, as that documentation writes them.
+    assert len(run.warnings) == (text is THREE_RESOLUTIONS)
+
+
+def test_a_caption_key_in_general_may_serve_one_subset_only(load_with) -> None:
+    text = f"[general]\nkeep_tokens = 1\n[[datasets]]\n{PICTURES}shuffle_caption = true\n"
+    text += '[[datasets.subsets]]\nimage_dir = "q"\n'
+    assert [s.captions.keep_tokens for s in load_with(dataset=text).datasets[0].subsets] == [1, 1]
+
+
+def test_bucket_bounds_beside_no_upscale_are_warned_of(load_with) -> None:
+    (warning,) = load_with(dataset=dataset(BUCKETS + "bucket_no_upscale = true")).warnings
+    assert warning == "datasets[0].max_bucket_reso has no effect with bucket_no_upscale = true; remove it."

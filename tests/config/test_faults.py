@@ -155,8 +155,8 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         "lr_warmup_steps: expected an integer number of steps or a sh",
     ),
     (
-        {"cache_latents": False},
-        "cache_latents: false is not supported in this version: latents and captions are always",
+        {"cache_latents_to_disk": False},
+        "cache_latents_to_disk: false is not supported in this version: what is cached is always",
     ),
     ({"anima_seq_len": 256, "qwen3_max_token_length": 512}, "qwen3_max_token_length: 512 differs from anima_seq_len ="),
     # parts of arguments
@@ -188,7 +188,11 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     # prompts
     ({"compare_prompts": ["a --w 8"]}, "compare_prompts[0]: --w: expected an integer from 16 to 2048, got 8"),
     # options of other trainers
-    ({"shuffle_caption": True}, "shuffle_caption: not supported in this version: remove it; captions are used as they"),
+    ({"face_crop_aug_range": "1,2"}, "face_crop_aug_range: not supported in this version: use random_crop"),
+    ({"keep_tokens": 1}, "keep_tokens: has no effect without shuffle_caption, caption_tag_dropout_rate or token_warm"),
+    ({"prior_loss_weight": 0.5}, "prior_loss_weight: has no effect, because no subset has is_reg = true"),
+    ({"masked_loss": True}, "masked_loss: has no effect, because no subset has a conditioning_data_dir; remove it"),
+    ({"is_reg": True}, "is_reg: belongs into the dataset TOML"),
     ({"min_snr_gamma": 5}, "min_snr_gamma: not supported in this version: remove it; loss_type and weighting"),
     (
         {"save_model_as": "ckpt"},
@@ -234,8 +238,8 @@ def test_one_fault_in_the_train_args(load_with, train: dict[str, Any], fault: st
         (("--vae", "a", "stray"), "stray: unexpected on the command line"),
         (("--learning_rate", "inf"), "--learning_rate: expected a number above 0, got inf"),
         (("--discrete_flow_shift", "3"), "--discrete_flow_shift: has no effect with timestep_sampling"),
-        (("--shuffle_caption",), "--shuffle_caption: not supported in this version"),
-        (("--shuffle_caption", "--vae", "v"), "--shuffle_caption: not supported in this version"),
+        (("--min_snr_gamma", "5"), "--min_snr_gamma: not supported in this version"),
+        (("--debiased_estimation_loss", "--vae", "v"), "--debiased_estimation_loss: not supported in this version"),
         (("--network_args", "x=1"), "--network_args.x: unknown option"),
         (("--compare_prompts", "a", "b --q 1"), "--compare_prompts[1]: unknown --q"),
         (

@@ -17,6 +17,8 @@ from anima_peft.config.options import options_of
 from anima_peft.errors import InputError
 from anima_peft.training import optimizers
 
+from .conftest import DATASET
+
 # option: (value in the TOML, words on the command line, value kept)
 CASES: dict[str, tuple[Any, list[str], Any]] = {
     "anima_transformer": ("other/model", ["other/model"], "other/model"),
@@ -52,6 +54,8 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "logit_mean": (-0.5, ["-0.5"], -0.5),
     "logit_std": (2, ["2"], 2.0),
     "mode_scale": (1, ["1"], 1.0),
+    "prior_loss_weight": (0.5, ["0.5"], 0.5),
+    "masked_loss": (True, [], True),
     "min_timestep": (100, ["100"], 100),
     "max_timestep": (900, ["900"], 900),
     "noise_offset": (0.05, ["0.05"], 0.05),
@@ -193,6 +197,13 @@ PROMPT_DEFAULTS = {
 }
 
 
+# what the dataset TOML has to say for an option to have an effect
+DATASETS = {
+    "prior_loss_weight": DATASET + '[[datasets.subsets]]\nimage_dir = "others"\nis_reg = true\n',
+    "masked_loss": DATASET + 'conditioning_data_dir = "masks"\n',
+}
+
+
 def test_every_option_has_a_case() -> None:
     assert CASES.keys() | INSIDE_CASES.keys() == OPTIONS.keys()
     assert not CASES.keys() & INSIDE_CASES.keys()
@@ -201,7 +212,7 @@ def test_every_option_has_a_case() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_option_from_toml(load_with, name: str) -> None:
     written = CASES[name][0]
-    run = load_with({**BESIDE.get(name, {}), name: written})
+    run = load_with({**BESIDE.get(name, {}), name: written}, DATASETS.get(name, DATASET))
     assert run.values[name] == expected(name, written)
     assert type(run.values[name]) is type(expected(name, written))
     group = next(group for group, cls in GROUPS.items() if name in cls.__dataclass_fields__)
@@ -214,7 +225,7 @@ def test_option_from_toml(load_with, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_option_from_the_command_line(load_with, name: str) -> None:
     words = CASES[name][1]
-    run = load_with(BESIDE.get(name), argv=(f"--{name}", *words))
+    run = load_with(BESIDE.get(name), DATASETS.get(name, DATASET), argv=(f"--{name}", *words))
     assert run.values[name] == expected(name, words[0] if words else True)
 
 
@@ -246,7 +257,7 @@ def test_train_norm_may_stand_in_two_places(load_with, flat, listed, argv, kept)
 
 @pytest.mark.parametrize("name", [o.name for o in OPTIONS.values() if o.kind.name == "SWITCH" and not o.rules.inside])
 def test_a_switch_can_be_turned_off_on_the_command_line(load_with, name: str) -> None:
-    if name.startswith("cache_"):
+    if name.endswith("_to_disk"):
         with pytest.raises(InputError, match=f"--no-{name}: false is not supported"):
             load_with(argv=(f"--no-{name}",))
     else:
@@ -414,7 +425,7 @@ def test_empty_text_leaves_an_optional_option_unset(load_with) -> None:
     "given",
     [
         {"shuffle_caption": False, "keep_tokens": 0, "caption_dropout_rate": 0.0, "base_weights": []},
-        {"weighting_scheme": "none", "loss_type": "l2", "max_timestep": 1000, "prior_loss_weight": 1},
+        {"weighting_scheme": "none", "loss_type": "l2", "max_timestep": 1000, "multires_noise_discount": 0.3},
         {"save_model_as": "safetensors", "network_train_unet_only": True, "text_encoder_lr": [0, 0.0]},
         {"anima_noise_offset": 0.0, "sdpa": True, "huber_schedule": "snr", "loss_type": "l2"},
         {"network_args": ["rank_dropout=0", "conv_dim=0"]},
@@ -441,7 +452,8 @@ def test_help_names_every_option_and_its_default() -> None:
     for option in OPTIONS.values():
         assert (f" {option.name}: " if option.rules.inside else f"--{option.name}") in text
     assert "Default: 512." in text
-    assert "--shuffle_caption" not in text
+    assert "--shuffle_caption" in text
+    assert "--min_snr_gamma" not in text
 
 
 def test_help_is_printed_and_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:

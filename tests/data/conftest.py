@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from anima_peft.data import DatasetSpec, SubsetSpec
+from anima_peft.data import DatasetSpec, Picture, SubsetSpec
 
 
 def noise_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """An RGB picture of random colours."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def written(pictures: Iterable[Picture]) -> list[tuple[Picture, str]]:
+    """The captions as they are written, each with its picture."""
+    return [(picture, picture.caption) for picture in pictures]
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from anima_peft.data import (
     BucketBatchSampler,
     CachedDataset,
+    CaptionChoice,
     DatasetSpec,
     collate,
     plan_captions,
@@ -21,6 +22,8 @@ from anima_peft.data import (
     scan,
 )
 from anima_peft.errors import InputError
+
+from .conftest import written
 
 
 def encode_latents(pixels: torch.Tensor) -> torch.Tensor:
@@ -39,10 +42,12 @@ def draw_sigma(generator: torch.Generator, size: tuple[int, int]) -> float:
 def dataset(spec: DatasetSpec) -> CachedDataset:
     pictures = scan([spec], progress=False)
     latents = plan_latents(pictures, model="vae")
-    captions = plan_captions(pictures, model="qwen", options={})
+    captions = plan_captions(written(pictures), model="qwen", options={})
     latents.encode(encode_latents, progress=False)
     captions.encode(encode_captions, progress=False)
-    return CachedDataset(pictures, latents.files, captions.files, seed=3, draw_sigma=draw_sigma)
+    return CachedDataset(
+        pictures, latents.files, captions.of_caption, seed=3, draw_sigma=draw_sigma, choose_caption=CaptionChoice(3)
+    )
 
 
 def loader(dataset: CachedDataset, epoch: int, workers: int = 0) -> DataLoader:
@@ -93,8 +98,9 @@ def test_generators_are_fixed_for_all_time() -> None:
 
 
 def test_flips_and_noise_are_distributed_as_said(dataset: CachedDataset) -> None:
-    plain, flipped = (dataset._files[0][0].plain, dataset._files[0][0].flipped)
-    assert plain != flipped
+    files = dataset._latents[0]
+    assert files is not None
+    assert files.plain != files.flipped
     first = dataset[0, 0]["latents"]
     samples = [dataset[epoch, 0] for epoch in range(200)]
     assert 70 <= sum(torch.equal(sample["latents"], first) for sample in samples) <= 130
@@ -104,9 +110,13 @@ def test_flips_and_noise_are_distributed_as_said(dataset: CachedDataset) -> None
 
 
 def test_no_flip_without_flip_aug(dataset: CachedDataset) -> None:
-    files = [type(files)(files.plain, None) for files, _ in dataset._files]
     unflipped = CachedDataset(
-        dataset.pictures, files, [text for _, text in dataset._files], seed=3, draw_sigma=draw_sigma
+        [dataclasses.replace(picture, flip_aug=False) for picture in dataset.pictures],
+        dataset._latents,
+        dataset._captions,
+        seed=3,
+        draw_sigma=draw_sigma,
+        choose_caption=CaptionChoice(3),
     )
     first = unflipped[0, 0]
     assert all(torch.equal(unflipped[epoch, 0]["latents"], first["latents"]) for epoch in range(20))
@@ -123,7 +133,8 @@ def test_workers_of_their_own_processes_change_nothing(dataset: CachedDataset) -
 
 
 def test_a_lost_cache_file_is_named(dataset: CachedDataset) -> None:
-    path: Path = dataset._files[0][1]
+    assert dataset._captions is not None
+    path = dataset._captions[dataset.pictures[0].caption]
     path.unlink()
     with pytest.raises(InputError, match=path.name):
         dataset[0, 0]
@@ -143,18 +154,19 @@ def test_every_sample_once_an_epoch_and_one_group_in_a_batch(seed: int) -> None:
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert len(batches) == len(sampler)
-        assert sorted(item for batch in batches for item in batch) == [(epoch, i) for i in range(len(groups))]
+        assert sorted(key[:2] for batch in batches for key in batch) == [(epoch, i) for i in range(len(groups))]
+        assert all(key.batch == number for number, batch in enumerate(batches) for key in batch)
         incomplete: Counter[object] = Counter()
         for batch in batches:
-            members = {groups[index] for _, index in batch}
+            members = {groups[key.sample] for key in batch}
             assert len(members) == 1
             group = members.pop()
             assert 1 <= len(batch) <= batch_sizes[group[0]]
             incomplete[group] += len(batch) < batch_sizes[group[0]]
         assert max(incomplete.values()) <= 1
-        epochs.append([[index for _, index in batch] for batch in batches])
+        epochs.append([[key.sample for key in batch] for batch in batches])
     sampler.set_epoch(1)
-    assert [[index for _, index in batch] for batch in sampler] == epochs[1]
+    assert [[key.sample for key in batch] for batch in sampler] == epochs[1]
     fresh = BucketBatchSampler(groups, batch_sizes, seed=seed)
     fresh.set_epoch(1)
     assert list(fresh) == list(sampler)
@@ -164,7 +176,7 @@ def test_order_differs_by_epoch_and_seed() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         sampler = BucketBatchSampler([(0, (64, 64))] * 40, {0: 2}, seed=seed)
         sampler.set_epoch(epoch)
-        return [index for batch in sampler for _, index in batch]
+        return [key.sample for batch in sampler for key in batch]
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(item) for item in orders}) == 4

@@ -134,7 +134,7 @@ def test_a_picture_that_is_gone(tmp_path: Path, square: DatasetSpec) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "消えた.png")
     picture = picture_of(tmp_path / "消えた.png", square)
     picture.path.unlink()
-    with pytest.raises(InputError, match=r"消えた\.png: cannot read this picture"):
+    with pytest.raises(InputError, match=r"消えた\.png: cannot read this file any more"):
         load_pixels(picture, flip=False)
 
 

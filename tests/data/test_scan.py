@@ -60,7 +60,7 @@ def test_exif_rotation_turns_the_size(make_pictures: MakePictures) -> None:
         ("中文\r\nx".encode("utf-16"), "中文"),
         (codecs.BOM_UTF16_BE + "中文".encode("utf-16-be"), "中文"),
         ("one\u2028line".encode(), "one\u2028line"),
-        (b"\nsecond line", ""),
+        (b"\n \nsecond line", "second line"),
         (b"", ""),
     ],
 )
