@@ -39,13 +39,10 @@ class Samples:
 
 
 def batches_of_run(sampler: BucketBatchSampler, batches_per_step: int, total_steps: int) -> Iterator[list[SampleKey]]:
-    """Every batch of a run in its order: to its last step, whichever epoch that is in."""
+    """Every batch of the epochs that a run enters: data loaders read on beyond its last step."""
     steps_per_epoch = -(-len(sampler) // batches_per_step)
-    for first in range(0, total_steps, steps_per_epoch):
-        for number, batch in enumerate(sampler.batches(first // steps_per_epoch)):
-            if first + number // batches_per_step >= total_steps:
-                return
-            yield batch
+    for epoch in range(-(-total_steps // steps_per_epoch)):
+        yield from sampler.batches(epoch)
 
 
 def prepare_samples(

@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from anima_peft.data import (
     BucketBatchSampler,
@@ -47,18 +46,6 @@ def dataset(spec: DatasetSpec) -> CachedDataset:
     captions.encode(encode_captions, progress=False)
     return CachedDataset(
         pictures, latents.files, captions.of_caption, seed=3, draw_sigma=draw_sigma, choose_caption=CaptionChoice(3)
-    )
-
-
-def loader(dataset: CachedDataset, epoch: int, workers: int = 0) -> DataLoader:
-    sampler = BucketBatchSampler(dataset.groups, dataset.batch_sizes, seed=3)
-    sampler.set_epoch(epoch)
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="spawn" if workers else None,
     )
 
 
@@ -121,15 +108,6 @@ def test_no_flip_without_flip_aug(dataset: CachedDataset) -> None:
     first = unflipped[0, 0]
     assert all(torch.equal(unflipped[epoch, 0]["latents"], first["latents"]) for epoch in range(20))
     assert torch.equal(first["noise"], dataset[0, 0]["noise"])
-
-
-def test_workers_of_their_own_processes_change_nothing(dataset: CachedDataset) -> None:
-    alone = list(loader(dataset, epoch=2))
-    spawned = list(loader(dataset, epoch=2, workers=2))
-    assert len(alone) == len(spawned) == 3
-    for one, other in zip(alone, spawned, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_lost_cache_file_is_named(dataset: CachedDataset) -> None:

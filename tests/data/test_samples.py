@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from anima_peft.data import (
     BucketBatchSampler,
@@ -22,7 +22,6 @@ from anima_peft.data import (
     CaptionChoice,
     CaptionSpec,
     DatasetSpec,
-    SampleKey,
     SubsetSpec,
     collate,
     load_pixels,
@@ -169,17 +168,6 @@ def test_colours(wide: Path) -> None:
     assert torch.equal(varied, whole[:, :, 5:69].flip(-1))
 
 
-class Keys(Dataset[SampleKey]):
-    """Gives back what it is asked for."""
-
-    def __getitem__(self, item: SampleKey) -> SampleKey:
-        return item
-
-
-def same(batch: list[SampleKey]) -> list[SampleKey]:
-    return batch
-
-
 @pytest.mark.parametrize("seed", range(25))
 def test_no_epoch_loses_or_repeats_a_sample_across_processes(seed: int) -> None:
     """Each process takes its share of the batches, by accelerate's own sharding."""
@@ -197,19 +185,28 @@ def test_no_epoch_loses_or_repeats_a_sample_across_processes(seed: int) -> None:
         assert seen == Counter(range(len(groups)))
 
 
-def test_no_epoch_loses_or_repeats_a_sample_across_workers() -> None:
-    groups = [(0, (64, 64))] * 7 + [(0, (96, 32))] * 4 + [(1, (64, 64))] * 5
-    sampler = BucketBatchSampler(groups, {0: 3, 1: 2}, seed=0)
-    loader = DataLoader(
-        Keys(),
-        batch_sampler=sampler,
-        collate_fn=same,
-        num_workers=2,
-        persistent_workers=True,
-        multiprocessing_context="spawn",
+def test_workers_of_their_own_processes_change_nothing(wide: Path) -> None:
+    """Everything that is random, in processes started anew, which share nothing with this one."""
+    (wide / "a.txt").write_text("a, b, c, d", encoding="utf-8")
+    captions = CaptionSpec(shuffle_caption=True, caption_tag_dropout_rate=0.3)
+    varied = SubsetSpec(wide, 5, flip_aug=True, color_aug=True, random_crop=True, alpha_mask=True, captions=captions)
+    dataset = built(varied, keep_text=False)
+    sampler = BucketBatchSampler(dataset.groups, {0: 3}, seed=3)
+    sampler.set_epoch(2)
+    alone, spawned = (
+        list(
+            DataLoader(
+                dataset,
+                batch_sampler=sampler,
+                collate_fn=collate,
+                num_workers=workers,
+                multiprocessing_context="spawn" if workers else None,
+            )
+        )
+        for workers in (0, 2)
     )
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        keys = [key for batch in loader for key in batch]
-        assert {key.epoch for key in keys} == {epoch}
-        assert sorted(key.sample for key in keys) == list(range(len(groups)))
+    assert sum(len(batch["sigma"]) for batch in spawned) == len({s.item() for b in spawned for s in b["sigma"]}) == 10
+    for one, other in zip(alone, spawned, strict=True):
+        assert one.keys() == other.keys()
+        assert one["captions"] == other["captions"]
+        assert all(torch.equal(one[name], other[name]) for name in one if name != "captions")

@@ -36,11 +36,11 @@ def pictures(miniature: MiniatureFiles, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def configure(miniature: MiniatureFiles, pictures: Path, tmp_path: Path) -> Configure:
-    """Build a configuration: `configure("--max_train_steps", "3", image_dir=folder)`."""
+    """Build a configuration: `configure("--max_train_steps", "3", image_dir=folder, subset="flip_aug = true")`."""
 
-    def build(*flags: str, image_dir: Path = pictures, output_dir: Path | None = None) -> RunConfig:
+    def build(*flags: str, image_dir: Path = pictures, output_dir: Path | None = None, subset: str = "") -> RunConfig:
         dataset = tmp_path / "dataset.toml"
-        dataset.write_text(DATASET.format(image_dir=image_dir), encoding="utf-8")
+        dataset.write_text(DATASET.format(image_dir=image_dir) + subset, encoding="utf-8")
         given = {
             "dataset_config": dataset,
             "anima_transformer": miniature.transformer,
