@@ -13,6 +13,8 @@ from pathlib import Path
 
 from .errors import InputError, TrainingError
 
+logger = logging.getLogger(__name__)
+
 DONE, FAILED, FAULTY_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -51,7 +53,9 @@ def report_faults(action: Callable[[], None]) -> int:
 
 
 def train_from(argv: Sequence[str], prog: str) -> None:
-    """Parse, train, and say what was written. The launchers and `anima-peft train` are this call.
+    """Parse, train, and say what was written; with `--print_config`, only show what was parsed.
+
+    The launchers and `anima-peft train` are this call.
 
     Raises:
         InputError: a fault in the configuration, the model, the pictures or the captions.
@@ -60,6 +64,11 @@ def train_from(argv: Sequence[str], prog: str) -> None:
     from .config import load
 
     config = load(argv, prog=prog)
+    if config.print_config:
+        for warning in config.warnings:
+            logger.warning(warning)
+        print(config.resolved, end="")
+        return
     from .training.run import train
 
     result = train(config)

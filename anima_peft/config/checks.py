@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError
@@ -68,7 +68,9 @@ def check_warmup(steps: float) -> None:
 def check_cached(cached: bool) -> None:
     """Raises InputError where caching is turned off, which this version cannot do."""
     if not cached:
-        raise InputError("false is not supported in this version: latents and captions are always cached on disk")
+        raise InputError(
+            "false is not supported in this version: latents and captions are always cached on disk; remove it"
+        )
 
 
 def check_effects(options: Iterable[Option], found: Mapping[str, Found], faults: Faults) -> None:
@@ -99,11 +101,13 @@ def value_of(option: Option, found: Mapping[str, Found]) -> Any:
     return found[option.name].value if option.name in found else option.default
 
 
-def check_required(options: Iterable[Option], found: Mapping[str, Found], faults: Faults, prefix: str = "") -> None:
-    """Report every required option that was not given; `prefix` is the dotted path of the table it belongs into."""
+def check_required(
+    options: Iterable[Option], found: Container[str], faults: Faults, place: Callable[[str], str] = str
+) -> None:
+    """Report every required option that was not given; `place` makes its dotted path of its name."""
     for option in options:
         if option.required and option.name not in found:
-            faults.add(prefix + option.name, f"required, but not given. {option.rules.help}")
+            faults.add(place(option.name), f"required, but not given. {option.rules.help}")
 
 
 def check_network(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:

@@ -12,6 +12,7 @@ from .checks import (
     check_targets,
     check_warmup,
 )
+from .foreign import OTHER_NETWORKS
 from .options import Needs, option
 from .prompts import MAX_SEED, PromptLine, parse_prompt_line
 
@@ -65,7 +66,7 @@ class ModelOptions:
 class NetworkOptions:
     """Adapter to train."""
 
-    network_module: str = option(choices=(LORA, LOKR), help="Kind of adapter.")
+    network_module: str = option(choices=(LORA, LOKR), refused=OTHER_NETWORKS, help="Kind of adapter.")
     network_dim: int = option(
         4, minimum=1, help="Rank of the adapter. For LoKr, 100000 and above make both factors full matrices."
     )
@@ -144,6 +145,7 @@ class FlowOptions:
         "sigmoid",
         aliases=("anima_timestep_sampling",),
         choices=("sigmoid", "uniform", "shift", "flux_shift"),
+        synonyms={"logit_normal": "sigmoid"},
         refused={"sigma": 'is not supported in this version; use "uniform" or "sigmoid"'},
         help="Density of the noise levels in training; sigmoid is logit-normal.",
     )
@@ -189,9 +191,9 @@ class OptimizerOptions:
         only_with=(Needs("lr_scheduler", unless=("constant",), hint='use lr_scheduler = "constant_with_warmup"'),),
         help="Steps of linear warmup; a number below 1 is a share of all steps.",
     )
-    lr_scheduler_num_cycles: int = option(
-        1,
-        minimum=1,
+    lr_scheduler_num_cycles: float = option(
+        1.0,
+        above=0,
         only_with=(Needs("lr_scheduler", values=("cosine_with_restarts",)),),
         help="Number of cosine cycles.",
     )
@@ -230,7 +232,7 @@ class LoopOptions:
         maximum=MAX_SEED,
         help="Seed of all random choices. Fixed unless set; sd-scripts draws one where none is given.",
     )
-    xformers: bool = option(False, help="Use xformers' attention in the transformer.")
+    xformers: bool = option(False, aliases=("xfomers",), help="Use xformers' attention in the transformer.")
     max_data_loader_n_workers: int = option(0, minimum=0, help="Processes that load data; 0 loads in the main one.")
     persistent_data_loader_workers: bool = option(
         False,

@@ -43,7 +43,7 @@ def build_scheduler(
     total_steps: int,
     *,
     warmup: int = 0,
-    num_cycles: int = 1,
+    num_cycles: float = 1.0,
     power: float = 1.0,
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """diffusers' schedules, counted in optimizer steps.

@@ -126,8 +126,8 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         if resume:
             load_state(accelerator, resume)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
-        metadata = partial(training_metadata, options, pictures, facts)
-        saver = _saver(accelerator, options, model, outputs, progress, metadata)
+        metadata = partial(training_metadata, options, pictures, facts, config.summary)
+        saver = _saver(accelerator, options, model, outputs, progress, metadata, config.resolved)
         log_folder = _start_tracking(accelerator, options, log_root, now)
         run_loop(
             accelerator,
@@ -311,6 +311,7 @@ def _saver(
     outputs: Outputs,
     progress: Progress,
     metadata: partial[dict[str, str]],
+    resolved: str,
 ) -> Saver:
     save = options.save
     return Saver(
@@ -319,6 +320,7 @@ def _saver(
         outputs,
         progress,
         metadata,
+        resolved,
         format=save.save_format,  # type: ignore[arg-type]  # one of its choices
         dtype=DTYPES[save.save_precision],
         every_steps=save.save_every_n_steps,

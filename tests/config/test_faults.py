@@ -51,7 +51,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         'did you mean "sigmoid"?',
     ),
     ({"timestep_sampling": "sigma"}, 'timestep_sampling: "sigma" is not supported in this version; use "uniform"'),
-    ({"network_module": "networks.lora"}, 'expected one of "networks.lora_anima", "networks.lokr_anima", got'),
+    ({"network_module": "networks.lorra"}, 'expected one of "networks.lora_anima", "networks.lokr_anima", got'),
     ({"network_args": ["use_dora=true"], "network_module": LOKR}, "network_args.use_dora: has no effect with"),
     (
         {"network_dim": 100000},
@@ -267,14 +267,6 @@ def test_the_old_flag_names_the_migration(argv: list[str]) -> None:
     assert "python tools/convert_anima_root_to_kohya.py --input old_root.toml --output_dir converted" in str(
         report.value
     )
-
-
-def test_an_old_single_file_names_the_migration(load_with) -> None:
-    with pytest.raises(InputError) as report:
-        load_with('[model]\ntransformer_path = "a"\n[lora]\nlora_rank = 4\n[training]\nepochs = 1\n')
-    (fault,) = faults_of(report.value)
-    assert fault.startswith("model.transformer_path: belongs to the older one-file layout")
-    assert "tools/convert_anima_root_to_kohya.py" in fault
 
 
 def test_no_dataset_config(tmp_path: Path) -> None:
