@@ -12,13 +12,13 @@ from typing import Literal
 
 from .checks import check_required
 from .dataset import PlaceKeys
+from .old_file import Key, OldFile, leaves, path_of
 from .options import options_of
 from .reading import Faults, shown
 from .resolved import argument
 from .train import ARGUMENT_LISTS, LOKR, LORA
 
 SaveUnit = Literal["epochs", "steps"]
-Key = tuple[str, ...]  # a key with the tables it stands in, such as ("training", "epochs")
 
 _TRAIN_ARGS: dict[Key, str] = {
     ("model", "transformer_path"): "anima_transformer",
@@ -83,7 +83,6 @@ _REASONS = {
     ("dataset", "cache_dir"): "caches lie beside the pictures; cache_dir in the train args names another place",
     ("output", "save_state_every"): "save_state saves a state with every adapter",
 }
-_NO_COUNTERPART = "has no counterpart"
 # keys by which a file is known: no train args have these names in these tables
 _MARKS: tuple[Key, ...] = (
     ("model", "transformer_path"),
@@ -165,7 +164,7 @@ def _values(entries: list[Moved]) -> dict[str, object]:
 
 def is_root_style(document: Mapping[str, object]) -> bool:
     """Whether a TOML file has the older one-file layout."""
-    keys = dict(_leaves(document))
+    keys = dict(leaves(document))
     return any(mark in keys for mark in _MARKS)
 
 
@@ -184,88 +183,20 @@ def migrate(
         save_every_unit: what `output.save_every` counts; None decides by its size.
         with_pictures: whether [dataset] is wanted; else what [training] says of pictures goes into the train args.
     """
-    old = _Old(document, faults)
+    old = OldFile(document, _REASONS, faults)
     result = Migration()
     _train_args(old, result, save_every_unit)
     if with_pictures:
         _pictures(old, result)
     else:
-        result.train_args += [m for key, name in _FALLBACKS.items() for m in old.move(key, name)]
+        result.train_args += [m for key, name in _FALLBACKS.items() for m in _moved(old, key, name)]
         old.drop_table("dataset", "another dataset TOML was given")
     result.left_out = old.left_out()
     return result
 
 
-class _Old:
-    """The keys of the old file, of which each is taken once or listed as left out."""
-
-    def __init__(self, document: Mapping[str, object], faults: Faults) -> None:
-        self.values = dict(_leaves(document))
-        self.faults = faults
-        self._taken: set[Key] = set()
-        self._reasons: dict[Key, str] = dict(_REASONS)
-
-    def take(self, key: Key) -> object:
-        """The value, or None where it is missing or empty."""
-        self._taken.add(key)
-        value = self.values.get(key)
-        return None if value == "" else value
-
-    def move(self, key: Key, name: str) -> Iterator[Moved]:
-        """The value under a new name, if there is one."""
-        value = self.take(key)
-        if value is not None:
-            yield Moved(name, value, _path(key))
-
-    def number(self, key: Key) -> int | float | None:
-        """A number of at least 0 that a choice depends on."""
-        value = self.take(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            self.faults.add(_path(key), f"expected a number of at least 0, got {shown(value)}")
-            return None
-        return value
-
-    def text(self, key: Key) -> str:
-        """A text that a choice depends on, "" where it is missing."""
-        value = self.take(key)
-        if value is not None and not isinstance(value, str):
-            self.faults.add(_path(key), f"expected a text, got {shown(value)}")
-        return value if isinstance(value, str) else ""
-
-    def leave_out(self, key: Key, reason: str) -> None:
-        """List a key that was looked at and is not used."""
-        if self.take(key) is not None:
-            self._taken.discard(key)
-            self._reasons[key] = reason
-
-    def drop_table(self, table: str, reason: str) -> None:
-        """List every key of a table that was not taken yet."""
-        for key in self.values:
-            if key[0] == table and key not in self._taken:
-                self._reasons[key] = reason
-
-    def left_out(self) -> dict[str, str]:
-        """What nobody took, with reasons."""
-        kept = {key: value for key, value in self.values.items() if key not in self._taken}
-        return {f"{_path(key)} = {shown(kept[key])}": self._reasons.get(key, _NO_COUNTERPART) for key in kept}
-
-
-def _leaves(table: Mapping[str, object], above: Key = ()) -> Iterator[tuple[Key, object]]:
-    for name, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, (*above, name))
-        else:
-            yield (*above, name), value
-
-
-def _path(key: Key) -> str:
-    return ".".join(key)
-
-
-def _train_args(old: _Old, result: Migration, save_every_unit: SaveUnit | None) -> None:
-    entries = {key: list(old.move(key, name)) for key, name in _TRAIN_ARGS.items() if key[0] != "dataset"}
+def _train_args(old: OldFile, result: Migration, save_every_unit: SaveUnit | None) -> None:
+    entries = {key: list(_moved(old, key, name)) for key, name in _TRAIN_ARGS.items() if key[0] != "dataset"}
     simple = {table: [m for key, moved in entries.items() if key[0] == table for m in moved] for table, _ in entries}
     result.train_args += [
         *simple["model"],
@@ -278,36 +209,45 @@ def _train_args(old: _Old, result: Migration, save_every_unit: SaveUnit | None) 
         *_schedule(old),
         *_cycles(old),
         *simple["training"],
-        *old.move(("dataset", "cache_latents"), "cache_latents"),
+        *_moved(old, ("dataset", "cache_latents"), "cache_latents"),
         *_output_name(old),
         *simple["output"],
         *_save_every(old, result, save_every_unit),
     ]
 
 
-def _tokenizer(old: _Old) -> Iterator[Moved]:
+def _moved(old: OldFile, key: Key, name: str) -> Iterator[Moved]:
+    """A value under its new name, if there is one."""
+    value = old.take(key)
+    if value is not None:
+        yield Moved(name, value, path_of(key))
+
+
+def _tokenizer(old: OldFile) -> Iterator[Moved]:
     first, second = ("model", "t5_tokenizer_dir"), ("model", "t5_tokenizer_path")
-    found = list(old.move(first, "t5_tokenizer_dir"))
+    found = list(_moved(old, first, "t5_tokenizer_dir"))
     if found:
-        old.leave_out(second, f"{_path(first)} is used")
+        old.leave_out(second, f"{path_of(first)} is used")
     else:
-        found = list(old.move(second, "t5_tokenizer_dir"))
+        found = list(_moved(old, second, "t5_tokenizer_dir"))
     if not found:
-        old.faults.add(_path(first), f"required (or {_path(second)}), but not given: the folder of the T5 tokenizer")
+        old.faults.add(
+            path_of(first), f"required (or {path_of(second)}), but not given: the folder of the T5 tokenizer"
+        )
     yield from found
 
 
-def _network(old: _Old, result: Migration) -> Iterator[Moved]:
+def _network(old: OldFile, result: Migration) -> Iterator[Moved]:
     key = ("lora", "network_type")
     kind = old.text(key).strip().lower()
     module = LOKR if kind == "lokr" else LORA
     if kind not in ("lokr", "lora"):
-        said = f"{_path(key)} is missing" if not kind else f"{_path(key)} = {shown(kind)} is neither lora nor lokr"
+        said = f"{path_of(key)} is missing" if not kind else f"{path_of(key)} = {shown(kind)} is neither lora nor lokr"
         result.decisions.append(f"{said}: network_module = {shown(module)}.")
-    yield Moved("network_module", module, _path(key))
+    yield Moved("network_module", module, path_of(key))
 
 
-def _network_args(old: _Old) -> Iterator[Moved]:
+def _network_args(old: OldFile) -> Iterator[Moved]:
     texts = []
     for name, new in _NETWORK_ARGS.items():
         value = old.take(("lora", name))
@@ -317,7 +257,7 @@ def _network_args(old: _Old) -> Iterator[Moved]:
         yield Moved("network_args", texts, "lora")
 
 
-def _optimizer(old: _Old) -> Iterator[Moved]:
+def _optimizer(old: OldFile) -> Iterator[Moved]:
     kind = old.text(("optimizer", "type"))
     if kind:
         yield Moved("optimizer_type", _OPTIMIZERS.get(kind.strip().lower(), kind), "optimizer.type")
@@ -341,48 +281,48 @@ def _optimizer(old: _Old) -> Iterator[Moved]:
         yield Moved("optimizer_args", texts, "optimizer")
 
 
-def _length(old: _Old) -> Iterator[Moved]:
+def _length(old: OldFile) -> Iterator[Moved]:
     steps, epochs = ("training", "max_steps"), ("training", "epochs")
     if old.number(steps):
-        yield from old.move(steps, "max_train_steps")
-        old.leave_out(epochs, f"{_path(steps)} sets the length")
+        yield from _moved(old, steps, "max_train_steps")
+        old.leave_out(epochs, f"{path_of(steps)} sets the length")
     else:
-        yield from old.move(epochs, "max_train_epochs")
+        yield from _moved(old, epochs, "max_train_epochs")
 
 
-def _schedule(old: _Old) -> Iterator[Moved]:
+def _schedule(old: OldFile) -> Iterator[Moved]:
     name, floor = ("training", "lr_scheduler"), ("training", "lr_min_ratio")
     if old.number(floor) and old.take(name) == "cosine":
-        yield Moved("lr_scheduler", "cosine_with_min_lr", _path(name))
-        yield from old.move(floor, "lr_scheduler_min_lr_ratio")
+        yield Moved("lr_scheduler", "cosine_with_min_lr", path_of(name))
+        yield from _moved(old, floor, "lr_scheduler_min_lr_ratio")
     else:
-        yield from old.move(name, "lr_scheduler")
+        yield from _moved(old, name, "lr_scheduler")
         if old.number(floor):
-            old.leave_out(floor, f'has an effect with {_path(name)} = "cosine" only')
+            old.leave_out(floor, f'has an effect with {path_of(name)} = "cosine" only')
     steps, ratio = ("training", "lr_warmup_steps"), ("training", "lr_warmup_ratio")
     if old.take(steps) is not None:
-        yield from old.move(steps, "lr_warmup_steps")
+        yield from _moved(old, steps, "lr_warmup_steps")
         if old.number(ratio):
-            old.leave_out(ratio, f"{_path(steps)} is used")
+            old.leave_out(ratio, f"{path_of(steps)} is used")
     elif share := old.number(ratio):
-        yield Moved("lr_warmup_steps", float(share), _path(ratio))
+        yield Moved("lr_warmup_steps", float(share), path_of(ratio))
 
 
-def _cycles(old: _Old) -> Iterator[Moved]:
-    for moved in old.move(("training", "lr_scheduler_num_cycles"), "lr_scheduler_num_cycles"):
+def _cycles(old: OldFile) -> Iterator[Moved]:
+    for moved in _moved(old, ("training", "lr_scheduler_num_cycles"), "lr_scheduler_num_cycles"):
         whole = isinstance(moved.value, int) and not isinstance(moved.value, bool)
         yield replace(moved, value=float(moved.value)) if whole else moved  # type: ignore[arg-type]  # an int here
 
 
-def _output_name(old: _Old) -> Iterator[Moved]:
+def _output_name(old: OldFile) -> Iterator[Moved]:
     name, other = ("output", "output_name"), ("lora", "lora_name")
-    found = list(old.move(name, "output_name"))
+    found = list(_moved(old, name, "output_name"))
     if found:
-        old.leave_out(other, f"{_path(name)} is used")
-    yield from found or old.move(other, "output_name")
+        old.leave_out(other, f"{path_of(name)} is used")
+    yield from found or _moved(old, other, "output_name")
 
 
-def _save_every(old: _Old, result: Migration, unit: SaveUnit | None) -> Iterator[Moved]:
+def _save_every(old: OldFile, result: Migration, unit: SaveUnit | None) -> Iterator[Moved]:
     """Older files count epochs here, newer ones steps, and nothing in a file tells which it is but its size."""
     key, epochs_key = ("output", "save_every"), ("training", "epochs")
     every, epochs = old.number(key), old.values.get(epochs_key)
@@ -391,24 +331,24 @@ def _save_every(old: _Old, result: Migration, unit: SaveUnit | None) -> Iterator
     if unit is None:
         known = isinstance(epochs, (int, float)) and not isinstance(epochs, bool)
         unit = "epochs" if known and every <= epochs else "steps"  # type: ignore[operator]  # a number where known
-        compared = f"{'not above' if unit == 'epochs' else 'above'} {_path(epochs_key)} = {epochs}"
-        why = f"is {compared}" if known else f"stands without {_path(epochs_key)}"
+        compared = f"{'not above' if unit == 'epochs' else 'above'} {path_of(epochs_key)} = {epochs}"
+        why = f"is {compared}" if known else f"stands without {path_of(epochs_key)}"
         other = "steps" if unit == "epochs" else "epochs"
         result.decisions.append(
-            f"{_path(key)} = {every} {why}, so it counts {unit}: save_every_n_{unit} = {every}. "
+            f"{path_of(key)} = {every} {why}, so it counts {unit}: save_every_n_{unit} = {every}. "
             f"If {other} are meant, convert the file with --save_every_unit {other}."
         )
-    yield Moved(f"save_every_n_{unit}", every, _path(key))
+    yield Moved(f"save_every_n_{unit}", every, path_of(key))
 
 
-def _pictures(old: _Old, result: Migration) -> None:
-    result.general += [m for key, name in _GENERAL.items() for m in old.move(key, name)]
-    result.dataset += [m for key, name in _DATASET.items() for m in old.move(key, name)]
+def _pictures(old: OldFile, result: Migration) -> None:
+    result.general += [m for key, name in _GENERAL.items() for m in _moved(old, key, name)]
+    result.dataset += [m for key, name in _DATASET.items() for m in _moved(old, key, name)]
     bounded = [key for key in (*_BUCKETS, _MAX_RATIO) if key in old.values]
     if bounded:
-        result.dataset.append(Moved("enable_bucket", True, _path(bounded[0])))
-    result.dataset += [m for key, name in _BUCKETS.items() for m in old.move(key, name)]
-    result.subset += [m for key, name in _SUBSET.items() for m in old.move(key, name)]
+        result.dataset.append(Moved("enable_bucket", True, path_of(bounded[0])))
+    result.dataset += [m for key, name in _BUCKETS.items() for m in _moved(old, key, name)]
+    result.subset += [m for key, name in _SUBSET.items() for m in _moved(old, key, name)]
     found = {moved.name for moved in result.subset}
     check_required(options_of(PlaceKeys), found, old.faults, place=lambda _: "dataset.data_dir")
     if "num_repeats" not in found:
