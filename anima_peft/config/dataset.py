@@ -93,7 +93,7 @@ class DatasetKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchKeys:
-    """The dataset key that the train args call train_batch_size."""
+    """Pictures: the batch size, which the train args call train_batch_size."""
 
     batch_size: int = option(DatasetSpec.batch_size, minimum=1, help="Pictures per device and step.")
 
@@ -120,7 +120,7 @@ class SubsetKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceKeys:
-    """What only a subset has."""
+    """Pictures: where they are, in [[datasets.subsets]]."""
 
     image_dir: str = option(is_path=True, help="Folder of the pictures.")
 

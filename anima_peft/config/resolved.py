@@ -90,7 +90,7 @@ def option_lines(lines: Iterable[Line]) -> Iterator[str]:
         elif lists[inside][0][0] is option:
             yield f"{inside} = ["
             for inner, item, came in lists[inside]:
-                is_set = item is not None
+                is_set = item not in (None, ())
                 text = f"{toml_value(argument(inner.name, item))},  # {came}"
                 yield f"    {text}" if is_set else f"    # {inner.name}: not set"
             yield "]"

@@ -410,7 +410,6 @@ def test_faults_of_a_single_file_name_its_own_keys(old_file: Path) -> None:
     document["lora"] |= {"lora_rank": 0, "network_type": "lokr", "lokr_factor": 0}
     document["training"] |= {"learning_rate": "fast", "batch_size": 0}
     document["dataset"] |= {"resolution": 1, "reso_step": 24, "data_dir": ""}
-    document["optimizer"] |= {"beta1": 2}
     old_file.write_text(toml.dumps(document), encoding="utf-8")
     with pytest.raises(InputError) as report:
         load(["--config_file", str(old_file)])
@@ -419,7 +418,6 @@ def test_faults_of_a_single_file_name_its_own_keys(old_file: Path) -> None:
         "lora.lora_rank",
         "training.learning_rate",
         "lora.lokr_factor",
-        "optimizer.betas",
         "dataset.resolution",
         "training.batch_size",
         "dataset.reso_step",
