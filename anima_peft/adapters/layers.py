@@ -31,7 +31,7 @@ def adapter_parameters(components: Components, adapter_name: str) -> list[torch.
     parameters: list[torch.nn.Parameter] = []
     for model in components.values():
         for _, layer in adapter_layers_of(model, adapter_name):
-            for name in layer.adapter_layer_names:
+            for name in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitudes twice
                 by_adapter = getattr(layer, name)
                 if adapter_name in by_adapter:
                     held = by_adapter[adapter_name]

@@ -111,11 +111,16 @@ def check_required(
 
 
 def check_network(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:
-    """Report LoKr's sentinel on a LoRA: as a rank it would ask for hundreds of gigabytes."""
-    dim = value_of(options["network_dim"], found)
-    if value_of(options["network_module"], found) == "networks.lora_anima" and isinstance(dim, int) and dim >= 100_000:
+    """Report LoKr's sentinel where it means nothing: on a LoRA it would ask for hundreds of gigabytes as a rank."""
+    dim, module = value_of(options["network_dim"], found), value_of(options["network_module"], found)
+    if not isinstance(dim, int) or dim < 100_000:
+        return
+    if module == "networks.lora_anima":
         path = found["network_dim"].path
         faults.add(path, f"{dim} stands for full matrices in LoKr; a LoRA's rank is usually 4 to 128")
+    elif value_of(options["lokr_decompose_both"], found) is True:
+        path = found["lokr_decompose_both"].path
+        faults.add(path, f"has no effect with network_dim = {dim}, which makes both factors full; remove it")
 
 
 def check_model_parts(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:

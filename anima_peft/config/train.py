@@ -110,7 +110,10 @@ class NetworkOptions:
         False, inside="network_args", only_with=_LOKR, help="Both of LoKr's factors are full matrices."
     )
     lokr_decompose_both: bool = option(
-        False, inside="network_args", only_with=_LOKR, help="Low rank for LoKr's smaller factor too."
+        False,
+        inside="network_args",
+        only_with=(*_LOKR, Needs("lokr_full_matrix", unless=(True,))),
+        help="Low rank for LoKr's smaller factor too.",
     )
     lokr_rank_dropout: float = option(
         0.0,

@@ -93,7 +93,7 @@ cache_latents = true
 
 [training]
 epochs = 2
-max_steps = 1
+max_steps = 2
 batch_size = 2
 grad_accum = 1
 learning_rate = 0.0001
@@ -105,7 +105,7 @@ xformers = false
 seed = 42
 seq_len = 256
 noise_offset = 0.0
-lr_scheduler = "polynomial"
+lr_scheduler = "linear"
 lr_warmup_steps = 1
 
 [lora]
