@@ -15,7 +15,13 @@ def total_steps(built: Built) -> int:
 
 EFFECTS = {
     "max_train_steps": Effect(("--max_train_steps", "6"), total_steps, 1600, 6, without=("max_train_steps",)),
-    "max_train_epochs": Effect(("--max_train_epochs", "1"), total_steps, 8, 4, ("--max_train_steps", "8")),
+    "max_train_epochs": Effect(
+        ("--max_train_epochs", "1"),
+        lambda built: (total_steps(built), any("the shorter counts" in text for text in built.seen.warnings)),
+        (8, False),
+        (4, True),
+        ("--max_train_steps", "8"),
+    ),
     "train_batch_size": Effect(("--train_batch_size", "2"), lambda built: built.dataset.batch_sizes, {0: 1}, {0: 2}),
     "gradient_accumulation_steps": Effect(
         ("--gradient_accumulation_steps", "2"),
