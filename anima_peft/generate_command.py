@@ -13,6 +13,7 @@ from .errors import InputError
 from .files import require_writable
 from .generation import Request, draw, labelled_grid, save_picture
 from .models.sources import resolve_sources
+from .models.tokenizers import QWEN, T5
 from .pipeline import AnimaPipeline
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
         ("--t5_tokenizer_dir", "folder of the T5 tokenizer"),
     ):
         model.add_argument(option, metavar="PATH", help=f"{text}; a diffusers folder brings its own")
+    for kind in (QWEN, T5):
+        model.add_argument(
+            f"--auto_download_{kind.option.removesuffix('_dir')}",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help=f"fetch what {kind.option} lacks from Hugging Face or ModelScope (default: on)",
+        )
     model.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     model.add_argument("--dtype", choices=_DTYPES, help="default: bf16 on a graphics card, fp32 on the CPU")
     model.add_argument(
@@ -161,6 +169,8 @@ def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
         qwen=arguments.qwen,
         qwen_tokenizer_dir=arguments.qwen_tokenizer_dir,
         t5_tokenizer_dir=arguments.t5_tokenizer_dir,
+        qwen_tokenizer_sources=QWEN.sources if arguments.auto_download_qwen_tokenizer else (),
+        t5_tokenizer_sources=T5.sources if arguments.auto_download_t5_tokenizer else (),
     )
     device = _device(arguments.device)
     if arguments.offload and device.type == "cpu":

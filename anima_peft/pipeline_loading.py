@@ -11,11 +11,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
 from .errors import InputError
+from .models.downloads import locate_tokenizer
 from .models.encoders import check_encoders, load_text_encoder, load_vae
 from .models.folders import PARTS, check_folder, fetch_folder, stock_index
 from .models.precision import encoder_dtype
 from .models.sources import ModelSources, resolve_sources
-from .models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from .models.tokenizers import QWEN, T5, load_qwen_tokenizer, load_t5_tokenizer
 from .transformer import AnimaTransformerModel
 
 _HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
@@ -75,15 +76,21 @@ class AnimaPipelineLoader(DiffusionPipeline):
             transformer: safetensors with DiT and `llm_adapter`.
             text_encoder: Qwen3 as a safetensors file, or its Hugging Face folder.
             vae: the Qwen-Image VAE as a safetensors file.
-            tokenizer: folder of Qwen's tokenizer; None takes `text_encoder` if that is a folder.
-            t5_tokenizer: folder of the T5 tokenizer.
+            tokenizer: folder of Qwen's tokenizer, or a hub repo id or address that it is fetched from; None takes
+                `text_encoder` if that is a folder.
+            t5_tokenizer: the same of the T5 tokenizer, such as
+                "https://huggingface.co/nvidia/Cosmos-Predict2-2B-Text2Image/tree/main/tokenizer".
             torch_dtype: dtype of all weights; None keeps the files'.
 
         Raises:
             InputError: a file is missing or holds another model, or its weights do not fit.
         """
         sources = resolve_sources(
-            transformer, vae=vae, qwen=text_encoder, qwen_tokenizer_dir=tokenizer, t5_tokenizer_dir=t5_tokenizer
+            transformer,
+            vae=vae,
+            qwen=text_encoder,
+            qwen_tokenizer_dir=None if tokenizer is None else locate_tokenizer(QWEN, tokenizer),
+            t5_tokenizer_dir=locate_tokenizer(T5, t5_tokenizer),
         )
         return cls.from_sources(sources, torch_dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -15,3 +16,9 @@ torch.set_num_threads(1)
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> MiniatureFiles:
     """A small Anima in single files, with pictures. Read-only: tests copy what they change."""
     return write_miniature(tmp_path_factory.mktemp("miniature"))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches for a hub; those of the downloads have their own on the loopback."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

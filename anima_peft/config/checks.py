@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError
+from ..models.hub_folders import parse_hub_folder
 from .options import Option
 from .reading import FAULTY, Faults, shown
 from .schema import Found
@@ -132,8 +133,28 @@ def check_model_parts(options: Mapping[str, Option], found: Mapping[str, Found],
 
     if not is_single_file("anima_transformer"):
         return  # a folder or repo brings all parts
-    needed = ["vae", "qwen", "t5_tokenizer_dir"] + ["qwen_tokenizer_dir"] * is_single_file("qwen")
+    needed = ["vae", "qwen"]
+    needed += ["t5_tokenizer_dir"] * (value_of(options["auto_download_t5_tokenizer"], found) is False)
+    if is_single_file("qwen") and value_of(options["auto_download_qwen_tokenizer"], found) is False:
+        needed.append("qwen_tokenizer_dir")
     for part in needed:
         if value_of(options[part], found) is None:
             cause = found["qwen" if part == "qwen_tokenizer_dir" else "anima_transformer"].path
             faults.add(part, f"required, because {cause} is a single file. {options[part].rules.help}")
+
+
+def check_hub_places(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:
+    """Report what says where in a repo to look, where the repo's address says so already."""
+    groups = {
+        "t5_tokenizer_repo_id": ("t5_tokenizer_subfolder",),
+        "t5_tokenizer_modelscope_repo_id": ("t5_tokenizer_modelscope_revision", "t5_tokenizer_modelscope_subfolder"),
+    }
+    for repo, places in groups.items():
+        address = value_of(options[repo], found)
+        if address is FAULTY or not parse_hub_folder(address).names_folder:
+            continue
+        for place in places:
+            if place in found and found[place].value not in (FAULTY, options[place].default):
+                faults.add(
+                    found[place].path, f"has no effect: the address in {found[repo].path} names a folder; remove it"
+                )

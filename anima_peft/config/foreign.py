@@ -19,7 +19,6 @@ _CACHES = "remove it; caches follow the content of pictures and captions"
 _CAPTIONS = "remove it; captions are used as they are written"
 _NOISE = "remove it; the noise is plain Gaussian"
 _LOSS = "remove it; the loss is the unweighted mean squared error"
-_TOKENIZER = "put the T5 tokenizer's files into t5_tokenizer_dir and remove it"
 _OTHER_MODELS = "remove it; it is for other models"
 _COMPILE = "remove it; the model is not compiled"
 _DEEPSPEED = "remove it; accelerate's own launcher sets up several processes, without DeepSpeed"
@@ -89,9 +88,7 @@ _TRAIN_GROUPS = (
     ("skip_cache_check cache_info", _CACHES),
     ("train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir debug_dataset", _DATASET),
     ("initial_epoch initial_step skip_until_initial_step", "use resume"),
-    ("auto_download_t5_tokenizer t5_tokenizer_repo_id t5_tokenizer_subfolder", _TOKENIZER),
-    ("t5_tokenizer_modelscope_fallback t5_tokenizer_modelscope_repo_id", _TOKENIZER),
-    ("t5_tokenizer_modelscope_revision t5_tokenizer_modelscope_subfolder t5_tokenizer_validate_strict", _TOKENIZER),
+    ("t5_tokenizer_validate_strict", "remove it; a tokenizer is always validated"),
     ("anima_monitor_memory anima_monitor_memory_warn_ratio", "remove it; peak memory is always logged"),
     ("anima_monitor_alert_policy anima_monitor_loss_spike_ratio", _ALWAYS_STOPS),
     ("anima_resume_snapshot_strict", "remove it; what a state was made with is always checked"),

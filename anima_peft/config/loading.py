@@ -130,6 +130,7 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
         checks.check_required((*files, *OPTIONS.values()), found, faults)
         checks.check_model_parts(OPTIONS, found, faults)
         checks.check_network(OPTIONS, found, faults)
+        checks.check_hub_places(OPTIONS, found, faults)
     checks.check_effects(OPTIONS.values(), found, faults)
 
     datasets = Datasets()

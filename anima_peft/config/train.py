@@ -13,6 +13,7 @@ from .checks import (
     check_warmup,
 )
 from .foreign import OTHER_NETWORKS
+from .model import ModelOptions
 from .options import Needs, option
 from .prompts import MAX_SEED, PromptLine, parse_prompt_line
 
@@ -30,36 +31,6 @@ _LORA = (Needs("network_module", values=(LORA,)),)
 _LOKR = (Needs("network_module", values=(LOKR,)),)
 _WITH_METADATA = (Needs("no_metadata", unless=(True,)),)
 _WITH_LOGS = (Needs("log_with", unless=("none",)),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Model and its parts."""
-
-    anima_transformer: str = option(
-        aliases=("pretrained_model_name_or_path",),
-        is_path=True,
-        help="Anima to train on: a single safetensors file, a diffusers folder, or a hub repo id.",
-    )
-    vae: str | None = option(None, is_path=True, help="VAE: a safetensors file or folder. Overrides a folder's own.")
-    qwen: str | None = option(
-        None,
-        aliases=("qwen3",),
-        is_path=True,
-        help="Qwen3 text encoder: a Hugging Face folder or a single safetensors file. Overrides a folder's own.",
-    )
-    qwen_tokenizer_dir: str | None = option(
-        None, is_path=True, help="Folder of the Qwen tokenizer; needed where qwen is a single file."
-    )
-    t5_tokenizer_dir: str | None = option(
-        None, aliases=("t5_tokenizer_path",), is_path=True, help="Folder of the T5 tokenizer. No T5 model is needed."
-    )
-    anima_seq_len: int = option(
-        512,
-        aliases=("qwen3_max_token_length", "t5_max_token_length"),
-        minimum=16,
-        help="Tokens of a caption that are kept, in both tokenizers; above 512 the conditioning grows with it.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

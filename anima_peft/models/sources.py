@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .downloads import complete_tokenizer, default_folder
 from .folders import PARTS, fetch_folder
-
-_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)")  # a mistyped file is not looked for on the hub
+from .hub_folders import REPO_ID, HubFolder
+from .tokenizers import QWEN, T5, TokenizerKind
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def locate_model(
     path = Path(path_or_repo).expanduser()
     if path.exists():
         return path
-    if not _REPO_ID.fullmatch(os.fspath(path_or_repo)):
+    if not REPO_ID.fullmatch(os.fspath(path_or_repo)):
         raise InputError(
             f"{path_or_repo}: no such file or folder. Expected a .safetensors file with DiT and `llm_adapter`, a "
             "diffusers folder, or a hub repo id such as circlestone-labs/Anima-Base-v1.0-Diffusers."
@@ -66,49 +66,97 @@ def resolve_sources(
     qwen: str | os.PathLike[str] | None = None,
     qwen_tokenizer_dir: str | os.PathLike[str] | None = None,
     t5_tokenizer_dir: str | os.PathLike[str] | None = None,
+    qwen_tokenizer_sources: Sequence[HubFolder] = (),
+    t5_tokenizer_sources: Sequence[HubFolder] = (),
 ) -> ModelSources:
-    """Find every part, and report all that is missing together.
+    """Find every part, and report all that is missing together; only then a tokenizer is fetched.
 
     A diffusers folder or repo brings all parts; the other options then override single ones. A single file brings
     the DiT and the conditioner only. `qwen` as a folder brings its own tokenizer unless `qwen_tokenizer_dir` is given.
 
-    Raises:
-        InputError: one or more parts are not given or not there, each named by its option.
-    """
-    faults: list[str] = []
-    base: Path | None = None
-    try:
-        base = locate_model(anima_transformer)
-    except InputError as error:
-        faults.append(f"anima_transformer: {error}")
-    if base is not None and base.is_dir() and not is_diffusers_folder(base):
-        faults.append(
-            f"anima_transformer: {base} is a folder without `transformer/config.json` and "
-            "`text_conditioner/config.json`; give a diffusers folder or a single .safetensors file."
-        )
-    folder = base if base is not None and base.is_dir() else None
+    Args:
+        anima_transformer: single file, diffusers folder or hub repo id.
+        vae: file or folder.
+        qwen: file or folder.
+        qwen_tokenizer_dir: folder.
+        t5_tokenizer_dir: folder.
+        qwen_tokenizer_sources: where Qwen's tokenizer is fetched from if its folder is missing or incomplete, or if it
+            is needed and no folder is given (see `downloads.default_folder`); empty fetches nothing.
+        t5_tokenizer_sources: the same for the T5 tokenizer.
 
-    def part(option: str, given: str | os.PathLike[str] | None, subfolder: str, missing_hint: str) -> Path:
-        if given is None and folder is not None:
-            given = folder / subfolder
+    Raises:
+        InputError: one or more parts are not given or not there, each named by its option, or cannot be fetched.
+    """
+    search = _Search()
+    search.locate_base(anima_transformer)
+    vae_path = search.part("vae", vae, "vae", "give qwen_image_vae.safetensors")
+    text_encoder = search.part("qwen", qwen, "text_encoder", "give qwen_3_06b_base.safetensors or a Qwen3 folder")
+    if qwen_tokenizer_dir is None and qwen is not None and text_encoder.is_dir():
+        tokenizer = text_encoder
+    else:
+        tokenizer = search.tokenizer(QWEN, qwen_tokenizer_dir, qwen_tokenizer_sources, "tokenizer")
+    t5_tokenizer = search.tokenizer(T5, t5_tokenizer_dir, t5_tokenizer_sources, "t5_tokenizer")
+    if search.faults:
+        raise InputError.from_faults("The model cannot be put together:", search.faults)
+    assert search.base is not None
+    search.complete_tokenizers()
+    return ModelSources(search.base, vae_path, text_encoder, tokenizer, t5_tokenizer)
+
+
+@dataclass
+class _Search:
+    """What was found so far, and all that is wrong with it."""
+
+    base: Path | None = None
+    faults: list[str] = field(default_factory=list)
+    to_complete: list[tuple[TokenizerKind, Path, Sequence[HubFolder]]] = field(default_factory=list)
+
+    def locate_base(self, anima_transformer: str | os.PathLike[str]) -> None:
+        """Find the file or folder that brings the DiT."""
+        try:
+            self.base = locate_model(anima_transformer)
+        except InputError as error:
+            self.faults.append(f"anima_transformer: {error}")
+            return
+        if self.base.is_dir() and not is_diffusers_folder(self.base):
+            self.faults.append(
+                f"anima_transformer: {self.base} is a folder without `transformer/config.json` and "
+                "`text_conditioner/config.json`; give a diffusers folder or a single .safetensors file."
+            )
+
+    def part(self, option: str, given: str | os.PathLike[str] | None, subfolder: str, missing_hint: str) -> Path:
+        """A part's path: what was given, else the subfolder of a diffusers folder."""
+        if given is None and self.base is not None and self.base.is_dir():
+            given = self.base / subfolder
         if given is None:
             # Without a base nothing is known about the layout; its own fault is enough.
-            if base is not None:
-                faults.append(f"{option}: required, since anima_transformer is a single file: {missing_hint}")
+            if self.base is not None:
+                self.faults.append(f"{option}: required, since anima_transformer is a single file: {missing_hint}")
             return Path()
         path = Path(given).expanduser()
         if not path.exists():
-            faults.append(f"{option}: no such file or folder: {path}")
+            self.faults.append(f"{option}: no such file or folder: {path}")
         return path
 
-    vae_path = part("vae", vae, "vae", "give qwen_image_vae.safetensors")
-    text_encoder = part("qwen", qwen, "text_encoder", "give qwen_3_06b_base.safetensors or a Qwen3 folder")
-    if qwen_tokenizer_dir is None and qwen is not None and text_encoder.is_dir():
-        qwen_tokenizer_dir = text_encoder
-    hint = "give the folder of Qwen3's tokenizer (qwen is a single file, which holds none)"
-    tokenizer = part("qwen_tokenizer_dir", qwen_tokenizer_dir, "tokenizer", hint)
-    t5_tokenizer = part("t5_tokenizer_dir", t5_tokenizer_dir, "t5_tokenizer", "give the folder of the T5 tokenizer")
-    if faults:
-        raise InputError.from_faults("The model cannot be put together:", faults)
-    assert base is not None
-    return ModelSources(base, vae_path, text_encoder, tokenizer, t5_tokenizer)
+    def tokenizer(
+        self, kind: TokenizerKind, given: str | os.PathLike[str] | None, sources: Sequence[HubFolder], subfolder: str
+    ) -> Path:
+        """A tokenizer's folder, which need not be there where it may be fetched."""
+        if not sources or (given is None and (self.base is None or self.base.is_dir())):
+            return self.part(kind.option, given, subfolder, f"give the folder of the {kind.name} tokenizer")
+        path = default_folder(kind, sources[0]) if given is None else Path(given).expanduser()
+        if path.exists() and not path.is_dir():
+            self.faults.append(f"{kind.option}: expected a folder, got a file: {path}")
+        self.to_complete.append((kind, path, sources))
+        return path
+
+    def complete_tokenizers(self) -> None:
+        """Fetch what the tokenizers' folders lack."""
+        failures = []
+        for kind, path, sources in self.to_complete:
+            try:
+                complete_tokenizer(kind, path, sources)
+            except InputError as error:
+                failures.append(str(error))
+        if failures:
+            raise InputError("\n".join(failures))

@@ -101,7 +101,8 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             require_writable("logging_dir", log_root)
         for warning in config.warnings:
             logger.warning(warning)
-        sources = _sources(options)
+        with accelerator.local_main_process_first():  # one process of a machine fetches what is missing
+            sources = _sources(options)
         check_encoders(sources.text_encoder, sources.vae)
         cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
         pictures = scan(config.datasets, cache_dir=cache_dir)
@@ -156,6 +157,7 @@ def _state_settings(options: TrainOptions) -> dict[str, Any]:
 
 
 def _sources(options: TrainOptions) -> ModelSources:
+    """Where each part is; what the tokenizers' folders lack is fetched."""
     model = options.model
     return resolve_sources(
         model.anima_transformer,
@@ -163,6 +165,8 @@ def _sources(options: TrainOptions) -> ModelSources:
         qwen=model.qwen,
         qwen_tokenizer_dir=model.qwen_tokenizer_dir,
         t5_tokenizer_dir=model.t5_tokenizer_dir,
+        qwen_tokenizer_sources=model.qwen_tokenizer_sources,
+        t5_tokenizer_sources=model.t5_tokenizer_sources,
     )
 
 

@@ -342,14 +342,15 @@ def test_equal_settings_in_two_sections_are_fine_and_others_are_named(load_with)
 
 
 def test_single_files_need_all_parts(load_with) -> None:
+    off = {"auto_download_qwen_tokenizer": False, "auto_download_t5_tokenizer": False}
     with pytest.raises(InputError) as report:
-        load_with({"anima_transformer": "anima.safetensors", "qwen": "qwen.safetensors"})
+        load_with({"anima_transformer": "anima.safetensors", "qwen": "qwen.safetensors"} | off)
     assert [fault.split(", because")[0] for fault in faults_of(report.value)] == [
         "vae: required",
         "t5_tokenizer_dir: required",
         "qwen_tokenizer_dir: required",
     ]
-    load_with({"anima_transformer": "folder", "qwen": "qwen.safetensors"})
+    load_with({"anima_transformer": "folder", "qwen": "qwen.safetensors"} | off)
 
 
 @pytest.mark.parametrize("argv", [["--config", "old.toml"], ["--seed", "1", "--config=old.toml"]])

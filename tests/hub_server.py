@@ -1,0 +1,140 @@
+"""A small server on the loopback that plays Hugging Face and ModelScope, and fails as they do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from huggingface_hub.utils.sha import git_hash
+
+COMMIT = "c0ffee" + "0" * 34
+HTML = b"<!DOCTYPE html>\n<html><body>Please log in.</body></html>"
+
+
+@dataclass
+class HubServer:
+    """What the server has and how it fails.
+
+    Attributes:
+        files: hub ("hf" or "ms") -> path in the repo -> content.
+        faults: "hf list", "hf file", "ms list" or "ms file" -> what happens there: an HTTP status, "html" (a page with
+            status 200), "half" (the connection ends in the middle), "hang" (no answer), "other" (other content than the
+            listing says) or "redirect" (to where the file is).
+        asked: method and address of every request.
+        tokens: what came in `Authorization`.
+        url: the server's address.
+    """
+
+    files: dict[str, dict[str, bytes]]
+    faults: dict[str, int | str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    tokens: list[str | None] = field(default_factory=list)
+    url: str = ""
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def hub_server(files: dict[str, dict[str, bytes]]) -> Iterator[HubServer]:
+    """The server, running."""
+    state = HubServer(files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
+    server.daemon_threads = True
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield state
+    finally:
+        state.closing.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        state = self.state
+        state.asked.append(f"{self.command} {self.path}")
+        state.tokens.append(self.headers.get("Authorization"))
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        path = unquote(url.path)
+        if path.startswith("/api/v1/models/"):
+            hub, file = "ms", query.get("FilePath")
+        else:
+            hub, file = "hf", path.partition(f"/resolve/{COMMIT}/")[2] or None
+        fault = state.faults.get(f"{hub} {'file' if file else 'list'}")
+        if isinstance(fault, int):
+            token = self.headers.get("Authorization")
+            return self.answer(json.dumps({"error": f"refused {token}", "Message": f"refused {token}"}), status=fault)
+        if fault == "hang":
+            state.closing.wait(5)
+            self.close_connection = True
+            return None
+        if fault == "html":
+            return self.answer(HTML)
+        if file is None:
+            return self.answer(
+                json.dumps(self.hugging_face() if hub == "hf" else self.modelscope(query.get("Root", "")))
+            )
+        if file not in state.files[hub]:
+            return self.answer("{}", status=404, headers={"X-Error-Code": "EntryNotFound"})
+        content = state.files[hub][file]
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{git_hash(content)}"'}
+        if fault == "redirect" and "moved" not in query:
+            separator = "&" if url.query else "?"
+            return self.answer("", status=302, headers=headers | {"Location": f"{self.path}{separator}moved=1"})
+        if fault == "other":
+            content = bytes(reversed(content))
+        return self.answer(content, headers=headers, half=fault == "half")
+
+    do_HEAD = do_GET
+
+    def hugging_face(self) -> dict[str, object]:
+        siblings = [
+            {"rfilename": path, "size": len(content), "blobId": git_hash(content)}
+            | (
+                {"lfs": {"sha256": _sha256(content), "size": len(content), "pointerSize": 1}}
+                if ".model" in path
+                else {}
+            )
+            for path, content in self.state.files["hf"].items()
+        ]
+        return {"id": "owner/name", "sha": COMMIT, "siblings": siblings}
+
+    def modelscope(self, root: str) -> dict[str, object]:
+        files = [
+            {"Path": path, "Name": path.rpartition("/")[2], "Type": "blob", "Size": len(c), "Sha256": _sha256(c)}
+            for path, c in self.state.files["ms"].items()
+            if path.startswith(root)
+        ]
+        return {"Code": 200, "Success": True, "Data": {"Files": files}}
+
+    def answer(
+        self, content: str | bytes, status: int = 200, headers: dict[str, str] | None = None, half: bool = False
+    ) -> None:
+        body = content.encode() if isinstance(content, str) else content
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if half else body)
+        if half:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
