@@ -12,6 +12,7 @@ import peft
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from ..errors import InputError
@@ -20,10 +21,11 @@ from ..models.checkpoints import read_header
 from .factors import Factors, alike, rescaled, summary
 from .formats import FORMATS, Format, parse, serialize
 from .injection import Plan, announce_full_matrices, inject, plan_file, plan_training
-from .layers import adapter_parameters, read_weights, write_weights
+from .layers import adapter_layers_of, adapter_parameters, read_weights, write_weights
+from .lora import LoraConfig, add_dropouts
 from .metadata import describe, with_hashes
 from .naming import Components, ModuleName, ModuleTable
-from .strengths import activate, active_adapters, adapter_names, remove, require_ready
+from .strengths import activate, active_adapters, adapter_names, bake, remove, require_ready
 
 DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
@@ -50,6 +52,11 @@ def add_adapter(
     plans = plan_training(config, ModuleTable(components))
     announce_full_matrices(config, plans)
     _inject_beside(components, plans, adapter_name)
+    if isinstance(config, LoraConfig):
+        for model in components.values():
+            for _, layer in adapter_layers_of(model, adapter_name):
+                if isinstance(layer, LoraLayer):
+                    add_dropouts(layer, adapter_name, config)
     for model in components.values():
         model.requires_grad_(False)
     parameters = adapter_parameters(components, adapter_name)
@@ -88,9 +95,7 @@ def start_from(components: Components, source: Source, adapter_name: str = "defa
         InputError: the file cannot be read, is of another kind, rank or factor shape, or has nothing in common with
             the adapter.
     """
-    path = locate_adapter(source) if not isinstance(source, Mapping) else Path("the given tensors")
-    tensors, metadata = (source, {}) if isinstance(source, Mapping) else read_adapter_file(path)
-    weights = parse(tensors, metadata, ModuleTable(components), str(path))
+    weights, path = read_source(components, source)
     present = read_adapter(components, adapter_name)
     common = [name for name in present if name in weights]
     unlike = [name.native for name in common if not alike(present[name], weights[name])]
@@ -106,6 +111,21 @@ def start_from(components: Components, source: Source, adapter_name: str = "defa
         f"Started from {path}: took {summary({name: weights[name] for name in common})}; "
         f"{missing} modules of the network are not in the file and start at zero, {unused} of the file are not trained."
     )
+
+
+def read_source(components: Components, source: Source, **where: Any) -> tuple[dict[ModuleName, Factors], str]:
+    """What a file, a folder, a hub repo or tensors hold for this model, and what to call them in messages.
+
+    Raises:
+        InputError: the file is not there, not an Anima adapter, or a key is not understood.
+    """
+    table = ModuleTable(components)
+    if isinstance(source, Mapping):
+        label = "the given tensors"
+        return parse(source, {}, table, label), label
+    path = locate_adapter(source, **where)
+    tensors, metadata = read_adapter_file(path)
+    return parse(tensors, metadata, table, str(path)), str(path)
 
 
 def load_adapter(components: Components, source: Source, adapter_name: str | None = None, **where: Any) -> str:
@@ -132,21 +152,26 @@ def load_adapter(components: Components, source: Source, adapter_name: str | Non
         adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
     _require_new(components, adapter_name)
     require_ready(components, "load_lora_adapter")
-    tensors: Mapping[str, torch.Tensor]
-    metadata: Mapping[str, str]
-    if isinstance(source, Mapping):
-        tensors, metadata, label = source, {}, "the given tensors"
-    else:
-        path = locate_adapter(source, **where)
-        tensors, metadata = read_adapter_file(path)
-        label = str(path)
-    weights = parse(tensors, metadata, ModuleTable(components), label)
+    weights, _ = read_source(components, source, **where)
     # From here on nothing can fail for what the file says: every key and shape has been checked.
     _inject_beside(components, plan_file(weights), adapter_name)
     write_weights(components, weights, adapter_name)
     for parameter in adapter_parameters(components, adapter_name):
         parameter.requires_grad_(False)
     return adapter_name
+
+
+def merge_adapter(components: Components, source: Source, strength: float = 1.0) -> None:
+    """Add an adapter to the base weights for good: the model then carries no trace of it, and no saved file holds it.
+
+    The model must carry no adapters.
+
+    Raises:
+        InputError: as `load_adapter`, or the sum is not finite.
+    """
+    assert not adapter_names(components), "adapters would be merged along with it"
+    name = load_adapter(components, source)
+    bake(components, name, strength)
 
 
 def save_adapter(

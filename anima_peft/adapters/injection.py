@@ -24,7 +24,16 @@ from .targets import ATTN_MLP, select_targets
 
 logger = logging.getLogger(__name__)
 
-_COMMON = ("r", "target_modules", "rank_pattern", "alpha_pattern", "task_type", "base_model_name_or_path", "revision")
+_COMMON = (
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+)
 _SUPPORTED = {
     peft.LoraConfig: (*_COMMON, "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"),
     peft.LoKrConfig: (
@@ -68,6 +77,8 @@ class Plan:
 def plan_training(config: peft.LoraConfig | peft.LoKrConfig, table: ModuleTable) -> dict[str, Plan]:
     """The layers that a config asks for, by component, with the targets spelt out as module paths.
 
+    A rank of 0 in `rank_pattern` takes a layer out.
+
     Raises:
         InputError: a target or pattern matches nothing, or a setting asks for what no adapter file can hold.
     """
@@ -77,6 +88,8 @@ def plan_training(config: peft.LoraConfig | peft.LoKrConfig, table: ModuleTable)
         table,
         config.target_modules if config.target_modules is not None else ATTN_MLP,
         train_text_conditioner=with_conditioner,
+        exclude=config.exclude_modules,
+        include=getattr(config, "include_modules", None),
     )
     if any(not name.path for name in targets):
         raise InputError(
@@ -84,6 +97,9 @@ def plan_training(config: peft.LoraConfig | peft.LoKrConfig, table: ModuleTable)
         )
     ranks = _resolve_pattern("rank_pattern", config.rank_pattern, targets)
     alphas = _resolve_pattern("alpha_pattern", config.alpha_pattern, targets)
+    targets = [name for name in targets if ranks.get(name.component, {}).get(f"^{name.path}") != 0]
+    if not targets:
+        raise InputError("rank_pattern: rank 0 leaves no layer to adapt.")
     components = list(dict.fromkeys(name.component for name in targets))
     with_norms = getattr(config, "train_norm", False)
     norms = [name for name in table.norms if with_norms and name.component in components]
@@ -192,7 +208,12 @@ def _plain(
 ) -> peft.LoraConfig:
     """PEFT's own config without our additions, so that stock diffusers can read what it finds on the model."""
     settings = {f.name: getattr(config, f.name) for f in fields(peft.LoraConfig) if f.init}
-    exact = {"target_modules": paths, "rank_pattern": dict(ranks), "alpha_pattern": dict(alphas)}
+    exact = {
+        "target_modules": paths,
+        "exclude_modules": None,
+        "rank_pattern": {path: rank for path, rank in ranks.items() if rank},
+        "alpha_pattern": dict(alphas),
+    }
     return peft.LoraConfig(**settings | exact)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,38 +27,59 @@ def adapter_layers_of(model: torch.nn.Module, adapter_name: str) -> Iterator[tup
             yield path.replace(".base_layer", ""), module
 
 
-def adapter_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
-    """The parameters of one adapter, in the model's order."""
-    parameters: list[torch.nn.Parameter] = []
-    for model in components.values():
-        for _, layer in adapter_layers_of(model, adapter_name):
-            for name in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitudes twice
-                by_adapter = getattr(layer, name)
+@dataclass(frozen=True)
+class AdapterParameter:
+    """One parameter of an adapter.
+
+    Attributes:
+        module: what it adapts.
+        part: which of the layer's parts it is, by PEFT's name: `lora_A`, `lora_B`, `lora_magnitude_vector`,
+            `lokr_w1`, `lokr_w2_b`, `lora_norm`, …
+        parameter: the leaf.
+    """
+
+    module: ModuleName
+    part: str
+    parameter: torch.nn.Parameter
+
+    @property
+    def is_decayed(self) -> bool:
+        """Whether weight decay may shrink it.
+
+        Not deltas of norms, and not DoRA's magnitudes: these start at the base weights' norms, and decay would shrink
+        the base.
+        """
+        return "norm" not in self.part and "magnitude" not in self.part
+
+    @property
+    def is_up(self) -> bool:
+        """Whether LoRA+ gives it the higher rate: LoRA's up matrix (Hayou et al. 2024), and of LoKr's factors w1, as
+        in sd-scripts (networks/network_base.py)."""
+        return self.part == "lora_B" or self.part.startswith("lokr_w1")
+
+
+def parts_of(components: Components, table: ModuleTable, adapter_name: str) -> Iterator[AdapterParameter]:
+    """The parameters of one adapter with what they are, in the model's order."""
+    for component, model in components.items():
+        for path, layer in adapter_layers_of(model, adapter_name):
+            module = table.by_diffusers[f"{component}.{path}"]
+            for part in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitudes twice
+                by_adapter = getattr(layer, part)
                 if adapter_name in by_adapter:
                     held = by_adapter[adapter_name]
-                    parameters += held.parameters() if isinstance(held, torch.nn.Module) else [held]
-    return parameters
+                    for parameter in held.parameters() if isinstance(held, torch.nn.Module) else [held]:
+                        yield AdapterParameter(module, part, parameter)
 
 
-def undecayed_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
-    """Those of one adapter's parameters that weight decay has no business with.
-
-    Deltas of norms, and DoRA's magnitudes: these start at the base weights' norms, and decay would shrink the base.
-    """
-    parameters: list[torch.nn.Parameter] = []
-    for model in components.values():
-        for _, layer in adapter_layers_of(model, adapter_name):
-            if isinstance(layer, NormLayer):
-                parameters += [parameter for parameter in layer.delta(adapter_name) if parameter is not None]
-            elif isinstance(layer, LoraLayer) and layer.use_dora.get(adapter_name, False):
-                parameters.append(layer.lora_magnitude_vector[adapter_name].weight)
-    return parameters
+def adapter_parameters(components: Components, adapter_name: str) -> list[torch.nn.Parameter]:
+    """The parameters of one adapter, in the model's order."""
+    return [part.parameter for part in parts_of(components, ModuleTable(components), adapter_name)]
 
 
 def read_weights(components: Components, table: ModuleTable, adapter_name: str) -> dict[ModuleName, Factors]:
     """The adapter's factors, detached, in the model's order. The strength set by `set_adapters` is not part of them."""
     return {
-        table.by_diffusers[f"{component}.{path}"]: _read(layer, adapter_name)
+        table.by_diffusers[f"{component}.{path}"]: read_factors(layer, adapter_name)
         for component, model in components.items()
         for path, layer in adapter_layers_of(model, adapter_name)
     }
@@ -72,8 +94,8 @@ def write_weights(components: Components, weights: Weights, adapter_name: str) -
     }
     with torch.no_grad():
         for name, factors in weights.items():
-            present = _read(layers[name.component, name.path], adapter_name)
-            for target, source in zip(_tensors(present), _tensors(factors), strict=True):
+            present = read_factors(layers[name.component, name.path], adapter_name)
+            for target, source in zip(tensors_of(present), tensors_of(factors), strict=True):
                 target.copy_(source)
 
 
@@ -82,12 +104,13 @@ def relative_delta(components: Components, adapter_name: str) -> float:
     delta = weight = 0.0
     for model in components.values():
         for _, layer in adapter_layers_of(model, adapter_name):
-            delta += _read(layer, adapter_name).delta_norm() ** 2
+            delta += read_factors(layer, adapter_name).delta_norm() ** 2
             weight += float(layer.get_base_layer().weight.detach().float().square().sum())
     return (delta / weight) ** 0.5 if weight else 0.0
 
 
-def _read(layer: Any, adapter_name: str) -> Factors:
+def read_factors(layer: Any, adapter_name: str) -> Factors:
+    """One layer's factors, detached: they share the parameters' memory."""
     if isinstance(layer, LoraLayer):
         alpha = float(layer.lora_alpha[adapter_name])
         if layer.use_rslora.get(adapter_name, False):
@@ -104,7 +127,7 @@ def _read(layer: Any, adapter_name: str) -> Factors:
     return NormDelta(weight.detach(), None if bias is None else bias.detach())
 
 
-def _tensors(factors: Factors) -> list[torch.Tensor]:
+def tensors_of(factors: Factors) -> list[torch.Tensor]:
     """All tensors of a module's factors, in a fixed order."""
     if isinstance(factors, LoraFactors):
         return [factors.down, factors.up] + ([] if factors.magnitude is None else [factors.magnitude])

@@ -30,6 +30,7 @@ class LoKrConfig(peft.LoKrConfig):
         target_modules: a preset ("attn-mlp", the default, "attn-mlp-adaln", "all-linear") or patterns.
         decompose_factor: the smaller factor's size where it divides the width (LyCORIS' rule for all others).
         full_matrix: both factors full, scale 1; implied by `r >= 100000`.
+        include_modules: patterns of layers to adapt in any case, also where `exclude_modules` names them.
         train_norm: also train a delta on every affine norm of what is adapted.
         train_text_conditioner: adapt the text conditioner's layers too.
     """
@@ -37,6 +38,7 @@ class LoKrConfig(peft.LoKrConfig):
     target_modules: list[str] | str | None = field(
         default=ATTN_MLP, metadata={"help": "Preset, or patterns of module names."}
     )
+    include_modules: list[str] | None = field(default=None, metadata={"help": "Patterns that win over exclusion."})
     decompose_factor: int = field(default=8, metadata={"help": "Size of the smaller Kronecker factor."})
     full_matrix: bool = field(default=False, metadata={"help": "Both factors full; implied by r >= 100000."})
     train_norm: bool = field(default=False, metadata={"help": "Train the affine norms as deltas."})

@@ -225,6 +225,18 @@ def fuse(components: Components, lora_scale: float = 1.0, names: Sequence[str] |
         raise InputError(f"fuse_lora: {error}") from error
 
 
+def bake(components: Components, name: str, strength: float) -> None:
+    """Fuse an adapter and take its layers off, so that the weights cannot be had back.
+
+    Raises:
+        InputError: as `fuse`.
+    """
+    set_adapters(components, name, strength)
+    fuse(components)
+    for model in components.values():
+        _unwrap(model)
+
+
 def unfuse(components: Components) -> None:
     """Subtract fused deltas again. The weights return to within rounding: about 1e-7 in fp32, 1e-2 in bf16 (relative).
 

@@ -1,28 +1,24 @@
 """The configuration of a run: strict TOML and flags into frozen dataclasses."""
 
 from .loading import RunConfig, build_parser, load
+from .network import NetworkOptions
+from .optimization import EmaOptions, FlowOptions, LossOptions, OptimizerOptions, ScheduleOptions
 from .prompts import PromptLine, parse_prompt_line
-from .train import (
-    FlowOptions,
-    LogOptions,
-    LoopOptions,
-    ModelOptions,
-    NetworkOptions,
-    OptimizerOptions,
-    SaveOptions,
-    TrainOptions,
-)
+from .train import LogOptions, LoopOptions, ModelOptions, SaveOptions, TrainOptions
 
 __all__ = [
+    "EmaOptions",
     "FlowOptions",
     "LogOptions",
     "LoopOptions",
+    "LossOptions",
     "ModelOptions",
     "NetworkOptions",
     "OptimizerOptions",
     "PromptLine",
     "RunConfig",
     "SaveOptions",
+    "ScheduleOptions",
     "TrainOptions",
     "build_parser",
     "load",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError
 from ..models.hub_folders import parse_hub_folder
+from .arguments import read_by_pattern
 from .options import Option
 from .reading import FAULTY, Faults, shown
 from .schema import Found
@@ -54,10 +56,23 @@ def check_factor(factor: int) -> None:
         raise InputError(f"expected a positive integer or -1, got {factor}")
 
 
-def check_betas(betas: tuple[float, float]) -> None:
-    """Raises InputError where a beta is outside [0, 1)."""
-    if not all(0 <= beta < 1 for beta in betas):
-        raise InputError(f"expected two numbers of at least 0 and below 1, got {shown(betas)}")
+def check_patterns(patterns: tuple[str, ...]) -> None:
+    """Raises InputError where a pattern is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{shown(pattern)} is not a regular expression: {error}") from error
+
+
+def check_ranks(texts: tuple[str, ...]) -> None:
+    """Raises InputError for what is not `pattern=rank`."""
+    read_by_pattern(texts, int)
+
+
+def check_rates(texts: tuple[str, ...]) -> None:
+    """Raises InputError for what is not `pattern=rate`."""
+    read_by_pattern(texts, float)
 
 
 def check_warmup(steps: float) -> None:

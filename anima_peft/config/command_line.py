@@ -19,6 +19,7 @@ _SHAPES = {
     Kind.NUMBER: "X",
     Kind.INTEGER_OR_NUMBER: "X",
     Kind.TEXTS: "TEXT ...",
+    Kind.NUMBERS: "X ...",
     Kind.CUSTOM: "VALUE",
 }
 
@@ -92,7 +93,7 @@ def make_parser(
             if declared.kind is Kind.SWITCH:
                 flags += [f"--no-{name}" for name in declared.names]
             # each takes any number of values, so that a missing or superfluous one is reported with all other faults
-            nargs = "*" if declared.kind is Kind.TEXTS else "?"
+            nargs = "*" if declared.kind in (Kind.TEXTS, Kind.NUMBERS) else "?"
             text = help_text(declared).replace("%", "%%")
             group.add_argument(*flags, action=_Collect, nargs=nargs, declared=declared, help=text)
     for name in foreign:

@@ -10,15 +10,15 @@ from .schema import Foreign
 
 _REMOVE = "remove it"
 _PREVIEWS = "remove it; compare_prompts draws pictures after training"
-_ONE_RATE = "remove it and set learning_rate"
+_ONE_RATE = "use network_args network_reg_lrs with patterns of module names"
 _FROZEN = "remove it; the text encoder is never trained"
 _COMPUTE = "remove it; mixed_precision sets the type, and adapter weights are kept in fp32"
-_ATTENTION = "remove it; PyTorch's own attention is used unless xformers = true"
+_ATTENTION = "remove it and set attn_mode"
 _DATASET = "describe the pictures in the dataset TOML (image_dir, num_repeats)"
 _CACHES = "remove it; caches follow the content of pictures and captions"
 _CAPTIONS = "remove it; captions are used as they are written"
-_NOISE = "remove it; the noise is plain Gaussian"
-_LOSS = "remove it; the loss is the unweighted mean squared error"
+_NOISE = "use noise_offset or ip_noise_gamma"
+_LOSS = "remove it; loss_type and weighting_scheme shape the loss"
 _OTHER_MODELS = "remove it; it is for other models"
 _COMPILE = "remove it; the model is not compiled"
 _DEEPSPEED = "remove it; accelerate's own launcher sets up several processes, without DeepSpeed"
@@ -38,17 +38,13 @@ OTHER_NETWORKS = {
 
 # names separated by spaces, and the advice they share
 _TRAIN_GROUPS = (
-    ("dim_from_weights base_weights base_weights_multiplier scale_weight_norms", _REMOVE),
     ("llm_adapter_path", "remove it; the text conditioner is read from anima_transformer"),
-    ("unet_lr self_attn_lr cross_attn_lr mlp_lr mod_lr llm_adapter_lr", _ONE_RATE),
+    ("self_attn_lr cross_attn_lr mlp_lr mod_lr", _ONE_RATE),
     ("text_encoder_lr network_train_text_encoder_only", _FROZEN),
     ("network_train_unet_only", _FROZEN),
-    ("weighting_scheme logit_mean logit_std mode_scale min_snr_gamma debiased_estimation_loss loss_type", _LOSS),
-    ("huber_c huber_scale huber_schedule masked_loss prior_loss_weight v_pred_like_loss", _LOSS),
+    ("min_snr_gamma debiased_estimation_loss masked_loss prior_loss_weight v_pred_like_loss", _LOSS),
     ("scale_v_pred_loss_like_noise_pred", _LOSS),
-    ("noise_offset anima_noise_offset noise_offset_random_strength adaptive_noise_scale", _NOISE),
-    ("multires_noise_iterations multires_noise_discount ip_noise_gamma ip_noise_gamma_random_strength", _NOISE),
-    ("min_timestep max_timestep", "remove it; timestep_sampling shapes the noise levels"),
+    ("adaptive_noise_scale multires_noise_iterations multires_noise_discount", _NOISE),
     ("sample_every_n_steps sample_every_n_epochs sample_at_first sample_prompts sample_sampler", _PREVIEWS),
     ("validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps", _REMOVE),
     ("save_n_epoch_ratio", "use save_every_n_epochs"),
@@ -65,13 +61,11 @@ _TRAIN_GROUPS = (
     ("metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_reso", _METADATA),
     ("metadata_preprocessor metadata_is_negative_embedding", _METADATA),
     ("use_8bit_adam use_lion_optimizer", "remove it and set optimizer_type"),
-    ("lr_scheduler_type lr_scheduler_args lr_scheduler_timescale lr_scheduler_min_lr_ratio", "use lr_scheduler"),
-    ("lr_decay_steps", "use lr_scheduler"),
     ("lr_warmup_ratio", "use lr_warmup_steps with a number below 1"),
     ("fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups", _REMOVE),
     ("full_fp16 full_bf16 fp8_base fp8_base_unet fp8_scaled no_half_vae", _COMPUTE),
     ("blocks_to_swap cpu_offload_checkpointing unsloth_offload_checkpointing", _MEMORY),
-    ("attn_mode split_attn sdpa mem_eff_attn anima_attention_backend", _ATTENTION),
+    ("split_attn sdpa mem_eff_attn", _ATTENTION),
     ("torch_compile dynamo_backend compile compile_backend compile_mode compile_dynamic", _COMPILE),
     ("compile_fullgraph compile_cache_size_limit", _COMPILE),
     ("cuda_allow_tf32 cuda_cudnn_benchmark", "remove it; PyTorch's defaults are used"),
@@ -110,40 +104,25 @@ _CAPTION_GROUPS = (
 
 _NETWORK_GROUPS = (
     ("verbose", _REMOVE),
-    ("include_patterns exclude_patterns train_block_indices", "list the layers in target_modules"),
-    ("network_reg_dims conv_dim conv_alpha", "remove it and set network_dim"),
-    ("network_reg_lrs loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", _ONE_RATE),
+    ("train_block_indices", "list the layers in target_modules"),
+    ("conv_dim conv_alpha", "remove it and set network_dim"),
+    ("loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", "use loraplus_lr_ratio"),
     ("algo preset use_tucker use_scalar", _REMOVE),
-)
-
-_OPTIMIZER_GROUPS = (
-    ("amsgrad maximize capturable differentiable", _REMOVE),
-    ("fused foreach", "remove it; AdamW is always fused"),
 )
 
 # values that ask for nothing though they are not false, 0 or empty: other trainers' defaults
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "network_train_unet_only": (True,),
-    "weighting_scheme": ("uniform", "none"),
-    "logit_std": (1.0,),
-    "mode_scale": (1.29,),
-    "loss_type": ("l2",),
-    "huber_c": (0.1,),
-    "huber_scale": (1.0,),
-    "huber_schedule": ("snr",),
     "prior_loss_weight": (1.0,),
     "multires_noise_discount": (0.3,),
-    "max_timestep": (1000,),
     "sample_sampler": ("ddim",),
     "save_model_as": ("safetensors",),
     "use_safetensors": (True,),
     "dynamo_backend": ("inductor",),
-    "anima_attention_backend": ("torch",),
     "anima_monitor_memory": (True,),
     "anima_monitor_memory_warn_ratio": (0.95,),
     "anima_monitor_alert_policy": ("warn",),
     "anima_monitor_loss_spike_ratio": (3.0,),
-    "attn_mode": ("torch", "sdpa"),
     "sdpa": (True,),
     "compile_backend": ("inductor",),
     "compile_mode": ("default",),
@@ -151,7 +130,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "zero_stage": (2,),
     "auto_download_t5_tokenizer": (True,),
     "initial_epoch": (1,),
-    "fused": (True,),
     "caption_separator": (",",),
     "token_warmup_min": (1,),
     "network_multiplier": (1.0,),
@@ -164,4 +142,4 @@ def _table(*groups: tuple[str, str]) -> dict[str, Foreign]:
 
 CAPTION_AND_PICTURE_OPTIONS = _table(*_CAPTION_GROUPS)
 TRAIN_OPTIONS = {**CAPTION_AND_PICTURE_OPTIONS, **_table(*_TRAIN_GROUPS)}
-ARGUMENTS = {"network_args": _table(*_NETWORK_GROUPS), "optimizer_args": _table(*_OPTIMIZER_GROUPS)}
+ARGUMENTS = {"network_args": _table(*_NETWORK_GROUPS)}

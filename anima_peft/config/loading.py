@@ -19,11 +19,13 @@ from .config_files import MIGRATION, ConfigFile, given_of, read_config_file
 from .dataset import BatchKeys, DatasetKeys, Datasets, SubsetKeys, origin_of, read_datasets
 from .files import read_toml
 from .migration import Migration
+from .network import ARGUMENT_LISTS
 from .options import Kind, Option, Rules, options_of
 from .reading import FAULTY, Faults, shown
 from .resolved import Line, compact, resolved_text
 from .schema import Found, Given, Schema
-from .train import ARGUMENT_LISTS, DEFAULT_TRAIN_STEPS, TrainOptions
+from .train import DEFAULT_TRAIN_STEPS, TrainOptions
+from .training_checks import check_training
 
 GROUPS: Mapping[str, type] = typing.get_type_hints(TrainOptions)
 OPTIONS = {option.name: option for group in GROUPS.values() for option in options_of(group)}
@@ -132,6 +134,7 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
         checks.check_network(OPTIONS, found, faults)
         checks.check_hub_places(OPTIONS, found, faults)
     checks.check_effects(OPTIONS.values(), found, faults)
+    check_training(OPTIONS, found, faults)
 
     datasets = Datasets()
     if dataset_config is not None:

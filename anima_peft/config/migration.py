@@ -12,11 +12,11 @@ from typing import Literal
 
 from .checks import check_required
 from .dataset import PlaceKeys
+from .network import ARGUMENT_LISTS, LOKR, LORA
 from .old_file import Key, OldFile, leaves, path_of
 from .options import options_of
 from .reading import Faults, shown
 from .resolved import argument
-from .train import ARGUMENT_LISTS, LOKR, LORA
 
 SaveUnit = Literal["epochs", "steps"]
 

@@ -20,7 +20,7 @@ class Kind(Enum):
     NUMBER = "a number"
     INTEGER_OR_NUMBER = "an integer or a number"
     TEXTS = "a list of texts"
-    TWO_NUMBERS = "two numbers"
+    NUMBERS = "a list of numbers"
     CUSTOM = "a value"
 
 
@@ -31,7 +31,7 @@ _KINDS: dict[frozenset[Any], Kind] = {
     frozenset({float}): Kind.NUMBER,
     frozenset({int, float}): Kind.INTEGER_OR_NUMBER,
     frozenset({tuple[str, ...]}): Kind.TEXTS,
-    frozenset({tuple[float, float]}): Kind.TWO_NUMBERS,
+    frozenset({tuple[float, ...]}): Kind.NUMBERS,
 }
 
 

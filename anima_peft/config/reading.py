@@ -131,12 +131,12 @@ def bare_value(raw: object) -> object:
 
 def _from_text(option: Option, raw: object) -> object:
     """The TOML value that a text stands for; an unreadable text stays as it is and fails the type check."""
+    if option.kind is Kind.NUMBERS and isinstance(raw, list):
+        return [as_number(part, float) for part in raw]
     if not isinstance(raw, str):
         return raw
     if option.kind is Kind.TEXTS:
         return _split(raw)
-    if option.kind is Kind.TWO_NUMBERS:
-        return [as_number(part, float) for part in raw.strip().strip("()[]").split(",")]
     if option.kind is Kind.SWITCH:
         value = {"true": True, "false": False}.get(raw.strip().lower())
         return raw if value is None else value
@@ -196,8 +196,8 @@ def _checked(option: Option, raw: object) -> Any:
     elif option.kind is Kind.SWITCH:
         if not isinstance(raw, bool):
             raise unexpected(option, raw)
-    elif option.kind is Kind.TWO_NUMBERS:
-        if not isinstance(raw, (list, tuple)) or len(raw) != 2:
+    elif option.kind is Kind.NUMBERS:
+        if not isinstance(raw, list):
             raise unexpected(option, raw)
         value = tuple(float(_number(option, part, raw)) for part in raw)
     elif option.kind is not Kind.CUSTOM:
@@ -212,7 +212,7 @@ def _text(option: Option, raw: object) -> str | None:
     rules = option.rules
     if not isinstance(raw, str):
         raise unexpected(option, raw)
-    if rules.choices:
+    if rules.choices and (raw or not option.optional or "" in rules.synonyms):
         spelled = rules.synonyms.get(raw, raw)
         if spelled in rules.refused:
             raise InputError(f"{shown(raw)} {rules.refused[spelled]}")
@@ -221,6 +221,7 @@ def _text(option: Option, raw: object) -> str | None:
         if spelled not in rules.choices:
             raise unexpected(option, raw)
         return spelled
+    raw = rules.synonyms.get(raw, raw)
     if not raw.strip():
         if option.optional:
             return None  # "" asks for nothing

@@ -4,177 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import (
-    check_betas,
-    check_cached,
-    check_factor,
-    check_file_name,
-    check_targets,
-    check_warmup,
-)
-from .foreign import OTHER_NETWORKS
+from .checks import check_cached, check_file_name
 from .model import ModelOptions
+from .network import NetworkOptions
+from .optimization import EmaOptions, FlowOptions, LossOptions, OptimizerOptions, ScheduleOptions
 from .options import Needs, option
 from .prompts import MAX_SEED, PromptLine, parse_prompt_line
 
 DEFAULT_TRAIN_STEPS = 1600  # sd-scripts' length of a run for which neither steps nor epochs are named
 
-# The lists of `key=value` texts; their keys are the fields that say `inside`.
-ARGUMENT_LISTS = {
-    "network_args": "Further options of the adapter, each written key=value.",
-    "optimizer_args": "Further options of the optimizer, each written key=value.",
-}
-
-LORA, LOKR = "networks.lora_anima", "networks.lokr_anima"
-
-_LORA = (Needs("network_module", values=(LORA,)),)
-_LOKR = (Needs("network_module", values=(LOKR,)),)
 _WITH_METADATA = (Needs("no_metadata", unless=(True,)),)
 _WITH_LOGS = (Needs("log_with", unless=("none",)),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
-    """Adapter to train."""
-
-    network_module: str = option(choices=(LORA, LOKR), refused=OTHER_NETWORKS, help="Kind of adapter.")
-    network_dim: int = option(
-        4, minimum=1, help="Rank of the adapter. For LoKr, 100000 and above make both factors full matrices."
-    )
-    network_alpha: float = option(
-        1.0,
-        minimum=0,
-        help="The adapter is scaled by network_alpha / network_dim; 0 stands for network_dim. "
-        "LoKr with full factors is not scaled.",
-    )
-    network_dropout: float = option(
-        0.0, minimum=0, below=1, only_with=_LORA, help="Share of the adapter's inputs that is dropped in each step."
-    )
-    network_weights: str | None = option(
-        None,
-        is_path=True,
-        only_with=(Needs("resume", values=(None,)),),
-        help="Adapter file to start from: weights only, not optimizer or schedule (see resume).",
-    )
-    train_norm: bool = option(
-        True, also_inside="network_args", help="Train the affine norms of what is adapted, as deltas in the adapter."
-    )
-    target_modules: tuple[str, ...] = option(
-        ("attn-mlp",),
-        inside="network_args",
-        check=check_targets,
-        help='Layers to adapt: "attn-mlp", "attn-mlp-adaln", "all-linear", or patterns of module names.',
-    )
-    train_llm_adapter: bool = option(False, inside="network_args", help="Also adapt the text conditioner.")
-    use_dora: bool = option(
-        False, inside="network_args", only_with=_LORA, help="Train DoRA: the weights' magnitudes apart from the rest."
-    )
-    lokr_factor: int = option(
-        8,
-        inside="network_args",
-        aliases=("factor",),
-        check=check_factor,
-        only_with=_LOKR,
-        help="Size of LoKr's smaller factor where it divides the layer's width; -1 takes the most balanced pair.",
-    )
-    lokr_full_matrix: bool = option(
-        False, inside="network_args", only_with=_LOKR, help="Both of LoKr's factors are full matrices."
-    )
-    lokr_decompose_both: bool = option(
-        False,
-        inside="network_args",
-        only_with=(*_LOKR, Needs("lokr_full_matrix", unless=(True,))),
-        help="Low rank for LoKr's smaller factor too.",
-    )
-    lokr_rank_dropout: float = option(
-        0.0,
-        inside="network_args",
-        aliases=("rank_dropout",),
-        minimum=0,
-        below=1,
-        only_with=_LOKR,
-        help="Share of LoKr's output rows that is dropped in each step.",
-    )
-    lokr_module_dropout: float = option(
-        0.0,
-        inside="network_args",
-        aliases=("module_dropout",),
-        minimum=0,
-        below=1,
-        only_with=_LOKR,
-        help="Chance for each layer's LoKr to be dropped in a step.",
-    )
-
-    @property
-    def is_lokr(self) -> bool:
-        """Whether a LoKr is trained, and not a LoRA."""
-        return self.network_module == LOKR
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowOptions:
-    """Noise levels of the training pictures."""
-
-    timestep_sampling: str = option(
-        "sigmoid",
-        aliases=("anima_timestep_sampling",),
-        choices=("sigmoid", "uniform", "shift", "flux_shift"),
-        synonyms={"logit_normal": "sigmoid"},
-        refused={"sigma": 'is not supported in this version; use "uniform" or "sigmoid"'},
-        help="Density of the noise levels in training; sigmoid is logit-normal.",
-    )
-    sigmoid_scale: float = option(
-        1.0,
-        aliases=("anima_sigmoid_scale",),
-        above=0,
-        only_with=(Needs("timestep_sampling", values=("sigmoid", "shift", "flux_shift")),),
-        help="Spread of the logit-normal density; the model's authors advise 1.3 for LoRA.",
-    )
-    discrete_flow_shift: float = option(
-        1.0,
-        aliases=("anima_flow_shift",),
-        above=0,
-        only_with=(Needs("timestep_sampling", values=("shift",)),),
-        help="Shift of the noise levels towards noise.",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """Optimizer and learning rate."""
-
-    optimizer_type: str = option(
-        "AdamW", choices=("AdamW",), synonyms={"": "AdamW"}, ignore_case=True, help="Kind of optimizer."
-    )
-    betas: tuple[float, float] = option(
-        (0.9, 0.999), inside="optimizer_args", check=check_betas, help="Decay of AdamW's two running means."
-    )
-    weight_decay: float = option(0.01, inside="optimizer_args", minimum=0, help="Decoupled weight decay.")
-    eps: float = option(1e-8, inside="optimizer_args", above=0, help="Term in AdamW's denominator.")
-    learning_rate: float = option(above=0, help="Learning rate; 2e-5 to 1e-4 is usual for a LoRA.")
-    lr_scheduler: str = option(
-        "constant",
-        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
-        refused={"piecewise_constant": 'needs step rules, which are not taken here; use "constant_with_warmup"'},
-        help="Course of the learning rate, by diffusers' names.",
-    )
-    lr_warmup_steps: int | float = option(
-        0,
-        minimum=0,
-        check=check_warmup,
-        only_with=(Needs("lr_scheduler", unless=("constant",), hint='use lr_scheduler = "constant_with_warmup"'),),
-        help="Steps of linear warmup; a number below 1 is a share of all steps.",
-    )
-    lr_scheduler_num_cycles: float = option(
-        1.0,
-        above=0,
-        only_with=(Needs("lr_scheduler", values=("cosine_with_restarts",)),),
-        help="Number of cosine cycles.",
-    )
-    lr_scheduler_power: float = option(
-        1.0, above=0, only_with=(Needs("lr_scheduler", values=("polynomial",)),), help="Power of the polynomial."
-    )
-    max_grad_norm: float = option(1.0, minimum=0, help="Gradients are clipped to this norm; 0 turns it off.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +46,22 @@ class LoopOptions:
         maximum=MAX_SEED,
         help="Seed of all random choices. Fixed unless set; sd-scripts draws one where none is given.",
     )
-    xformers: bool = option(False, aliases=("xfomers",), help="Use xformers' attention in the transformer.")
+    xformers: bool = option(
+        False,
+        aliases=("xfomers",),
+        only_with=(Needs("attn_mode", values=(None, "xformers")),),
+        help="Use xformers' attention in the transformer; where it cannot be had, PyTorch's own, with a warning.",
+    )
+    attn_mode: str | None = option(
+        None,
+        aliases=("anima_attention_backend",),
+        choices=("torch", "flash", "xformers"),
+        synonyms={"native": "torch", "sdpa": "torch"},
+        refused=dict.fromkeys(
+            ("sageattn", "sage"), 'has no backward pass, so that nothing could be trained; use "torch" or "flash"'
+        ),
+        help="Attention kernels of the transformer; what cannot be had is an error. Unset, torch, or see xformers.",
+    )
     max_data_loader_n_workers: int = option(0, minimum=0, help="Processes that load data; 0 loads in the main one.")
     persistent_data_loader_workers: bool = option(
         False,
@@ -303,7 +158,15 @@ class TrainOptions:
     model: ModelOptions
     network: NetworkOptions
     flow: FlowOptions
+    loss: LossOptions
     optimizer: OptimizerOptions
+    schedule: ScheduleOptions
+    ema: EmaOptions
     loop: LoopOptions
     save: SaveOptions
     log: LogOptions
+
+    @property
+    def trains_conditioner(self) -> bool:
+        """Whether the adapter reaches the text conditioner."""
+        return self.network.train_llm_adapter and self.optimizer.llm_adapter_lr != 0

@@ -40,12 +40,17 @@ def sample_generator(seed: int, epoch: int, index: int, purpose: str = "") -> to
     return torch.Generator().manual_seed(_mix(seed, epoch, index, purpose))
 
 
+def plain_noise(generator: torch.Generator, shape: torch.Size) -> dict[str, torch.Tensor]:
+    """Standard normal `noise` of that shape, float32."""
+    return {"noise": torch.randn(shape, generator=generator, dtype=torch.float32)}
+
+
 class CachedDataset(Dataset[dict[str, torch.Tensor]]):
     """Samples by (epoch, index): each picture `num_repeats` times, in the order of the pictures.
 
     A sample holds:
         latents: (C, h, w) float32; the mirrored picture's in half of the cases where `flip_aug` is on.
-        noise: (C, h, w) float32, standard normal.
+        noise: (C, h, w) float32, and what else `draw_noise` gives.
         sigma: () float32, from `draw_sigma`.
         the picture's text tensors, as they were cached.
 
@@ -54,8 +59,9 @@ class CachedDataset(Dataset[dict[str, torch.Tensor]]):
         latents: for each picture its latents, `LatentsPlan.files`; all exist.
         captions: for each picture its text, `CaptionsPlan.files`; all exist.
         seed: of the run.
-        draw_sigma: from a generator and the latents' (h, w), a sigma in [0, 1]; can be pickled where worker
-            processes are spawned.
+        draw_sigma: from a generator and the latents' (h, w), a sigma in [0, 1].
+        draw_noise: from a generator and (C, h, w), noise tensors of that shape by name, `noise` among them. Both can be
+            pickled where worker processes are spawned.
 
     Raises:
         InputError: on indexing, where a cache file is missing or damaged.
@@ -69,6 +75,7 @@ class CachedDataset(Dataset[dict[str, torch.Tensor]]):
         *,
         seed: int,
         draw_sigma: Callable[[torch.Generator, tuple[int, int]], float],
+        draw_noise: Callable[[torch.Generator, torch.Size], Mapping[str, torch.Tensor]] = plain_noise,
     ) -> None:
         self.pictures = tuple(pictures)
         self.picture_of_sample = [i for i, picture in enumerate(pictures) for _ in range(picture.num_repeats)]
@@ -76,7 +83,7 @@ class CachedDataset(Dataset[dict[str, torch.Tensor]]):
         self._files = tuple(zip(latents, captions, strict=True))
         assert len(self._files) == len(self.pictures)
         self._seed = seed
-        self._draw_sigma = draw_sigma
+        self._draw_sigma, self._draw_noise = draw_sigma, draw_noise
 
     @property
     def groups(self) -> list[Group]:
@@ -106,7 +113,7 @@ class CachedDataset(Dataset[dict[str, torch.Tensor]]):
         return {
             **read_entry(text),
             "latents": latents,
-            "noise": torch.randn(latents.shape, generator=generator("noise"), dtype=torch.float32),
+            **self._draw_noise(generator("noise"), latents.shape),
             "sigma": torch.tensor(sigma, dtype=torch.float32),
         }
 
@@ -115,13 +122,15 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
     """Stack samples of one group into a batch, and give their texts a common length.
 
     Returns:
-        latents, noise: (B, C, h, w) float32; sigma: (B,) float32; and, whichever the samples carry, either
+        latents, noise, perhaps input_noise: (B, C, h, w) float32; sigma: (B,) float32; and, whichever the samples
+            carry, either
         prompt_embeds: (B, max(512, longest), D), zero rows after the real ones. They are part of the model: no mask
             goes with them.
         or qwen_hidden_states (B, N, D), t5_input_ids (B, M) int64, filled with zeros on the right to the longest and
             at least 1, with qwen_attention_mask (B, N) and t5_attention_mask (B, M), int64, 1 for real tokens.
     """
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("latents", "noise", "sigma")}
+    stacked = [name for name in ("latents", "noise", "input_noise", "sigma") if name in samples[0]]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in stacked}
     if "prompt_embeds" in samples[0]:
         batch["prompt_embeds"], _ = _pad([sample["prompt_embeds"] for sample in samples], MIN_PROMPT_ROWS)
         return batch

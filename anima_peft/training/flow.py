@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 
-SigmaMethod = Literal["sigmoid", "uniform", "shift", "flux_shift"]
-SIGMA_METHODS: tuple[SigmaMethod, ...] = ("sigmoid", "uniform", "shift", "flux_shift")
+from .losses import WeightingScheme
+
+SigmaMethod = Literal["sigmoid", "uniform", "shift", "flux_shift", "sigma"]
 
 # Resolution-dependent shift of FLUX (black-forest-labs/flux, sampling.py, get_schedule; diffusers' calculate_shift).
 _MIN_TOKENS, _MAX_TOKENS = 256, 4096
 _MIN_MU, _MAX_MU = 0.5, 1.15
 _PATCH = 2
+
+_LEVELS = 1000  # of the schedule that `sigma` draws from
 
 
 @dataclass(frozen=True)
@@ -27,24 +31,43 @@ class SigmaSampler:
     Attributes:
         method: `sigmoid` is the logit-normal sigmoid(scale * n) with n ~ N(0, 1) (Esser et al. 2024, section 3.1);
             `uniform` is flat; `shift` bends the logit-normal by the constant `shift`; `flux_shift` bends it by the
-            picture's size.
+            picture's size; `sigma` takes one of the 1000 noise levels of diffusers' FlowMatchEulerDiscreteScheduler
+            with `shift`, with the density of `density`.
         sigmoid_scale: spread of the logit-normal.
-        shift: k of `shift`; above 1 favours high noise.
+        shift: k of `shift` and `sigma`; above 1 favours high noise.
+        density: of `sigma` (Esser et al. 2024, section 3.1, by diffusers): `logit_normal` with `logit_mean` and
+            `logit_std`, `mode` with `mode_scale`; flat with the others. 0 is the end of pure noise.
+        lowest, highest: what is drawn in [0, 1] is stretched over this range.
     """
 
     method: SigmaMethod = "sigmoid"
     sigmoid_scale: float = 1.0
     shift: float = 1.0
+    density: WeightingScheme = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    lowest: float = 0.0
+    highest: float = 1.0
 
     def __call__(self, generator: torch.Generator, latent_size: tuple[int, int]) -> float:
-        """One sigma in (0, 1).
+        """One sigma in [`lowest`, `highest`].
 
         Args:
             generator: CPU generator of the sample; one number is drawn.
             latent_size: (h, w).
         """
+        return self.lowest + (self.highest - self.lowest) * self._draw(generator, latent_size)
+
+    def _draw(self, generator: torch.Generator, latent_size: tuple[int, int]) -> float:
         if self.method == "uniform":
             return float(torch.rand((), generator=generator, dtype=torch.float64))
+        if self.method == "sigma":
+            place = compute_density_for_timestep_sampling(
+                self.density, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=generator
+            )
+            level = _LEVELS - min(int(place * _LEVELS), _LEVELS - 1)
+            return shift_sigma(level / _LEVELS, self.shift)
         normal = torch.randn((), generator=generator, dtype=torch.float64)
         sigma = float(torch.sigmoid(self.sigmoid_scale * normal))
         if self.method == "shift":
@@ -52,6 +75,47 @@ class SigmaSampler:
         if self.method == "flux_shift":
             return shift_sigma(sigma, math.exp(resolution_mu(latent_size)))
         return sigma
+
+
+@dataclass(frozen=True)
+class NoiseSampler:
+    """Draws the noise of one sample.
+
+    Attributes:
+        offset: a shift of each channel as a whole, normal with this deviation (Guttenberg 2023, "Diffusion with Offset
+            Noise"; sd-scripts' `noise_offset`).
+        offset_random_strength: the deviation is uniform between 0 and `offset`, for each sample anew.
+        perturbation: deviation of the noise that the model's input has beyond its target's (Ning et al. 2023;
+            sd-scripts' `ip_noise_gamma`).
+        perturbation_random_strength: likewise uniform between 0 and `perturbation`.
+    """
+
+    offset: float = 0.0
+    offset_random_strength: bool = False
+    perturbation: float = 0.0
+    perturbation_random_strength: bool = False
+
+    def __call__(self, generator: torch.Generator, shape: torch.Size) -> dict[str, torch.Tensor]:
+        """`noise`, (C, h, w) float32, and with a perturbation `input_noise`, which the model sees instead.
+
+        Args:
+            generator: CPU generator of the sample; plain noise is drawn first, so that it is the same in any case.
+            shape: (C, h, w).
+        """
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float32)
+
+        def strength(most: float, is_random: bool) -> float:
+            return most * float(torch.rand((), generator=generator)) if is_random else most
+
+        noise = normal(*shape)
+        if self.offset:
+            noise = noise + strength(self.offset, self.offset_random_strength) * normal(shape[0], 1, 1)
+        if not self.perturbation:
+            return {"noise": noise}
+        further = strength(self.perturbation, self.perturbation_random_strength) * normal(*shape)
+        return {"noise": noise, "input_noise": noise + further}
 
 
 def shift_sigma(sigma: float, k: float) -> float:
@@ -84,13 +148,3 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -
 def velocity(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The target dx/dsigma = eps - z, (B, C, h, w)."""
     return noise - latents
-
-
-def flow_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, (B,) float32, unweighted.
-
-    Args:
-        prediction: the model's velocity, (B, C, h, w), any floating dtype.
-        target: (B, C, h, w) float32.
-    """
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)

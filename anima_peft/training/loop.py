@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from tqdm import tqdm
 
 from ..data.dataset import BucketBatchSampler
 from ..errors import TrainingError
-from .flow import add_noise, flow_loss, velocity
+from .averages import AdapterAverage
+from .flow import add_noise, velocity
+from .groups import reported_rates
+from .losses import FlowLoss
 from .state import Progress
 
 _AVERAGED = 50
@@ -29,8 +32,11 @@ class Parts:
     Attributes:
         model: `AnimaTransformerModel`, perhaps wrapped for several processes.
         optimizer, scheduler: over `parameters`.
+        average: what of them is saved.
         loader: accelerate's data loader over batches of `collate`; `sampler` decides their order.
         parameters: the adapter's, all that is trained.
+        loss: of each sample.
+        limit_norms: called after each step, for max-norm regularization; gives what to log of it.
     """
 
     model: torch.nn.Module
@@ -39,19 +45,22 @@ class Parts:
     loader: Any
     sampler: BucketBatchSampler
     parameters: list[torch.nn.Parameter]
+    average: AdapterAverage
+    loss: FlowLoss
+    limit_norms: Callable[[], Mapping[str, float]]
 
 
-def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], loss: FlowLoss) -> torch.Tensor:
     """Mean loss of one batch, float32.
 
     Args:
-        batch: latents and noise (B, 16, h, w) float32, sigma (B,) float32, and the text under the names that
-            `AnimaTransformerModel.forward` takes.
+        batch: latents and noise (B, 16, h, w) float32, perhaps input_noise, which the model sees instead of noise,
+            sigma (B,) float32, and the text under the names that `AnimaTransformerModel.forward` takes.
     """
-    text = {key: value for key, value in batch.items() if key not in ("latents", "noise", "sigma")}
-    noisy = add_noise(batch["latents"], batch["noise"], batch["sigma"])
+    text = {key: value for key, value in batch.items() if key not in ("latents", "noise", "input_noise", "sigma")}
+    noisy = add_noise(batch["latents"], batch.get("input_noise", batch["noise"]), batch["sigma"])
     prediction = model(noisy, batch["sigma"], **text)
-    return flow_loss(prediction, velocity(batch["latents"], batch["noise"])).mean()
+    return loss(prediction, velocity(batch["latents"], batch["noise"]), batch["sigma"]).mean()
 
 
 def run_loop(
@@ -87,19 +96,24 @@ def run_loop(
             parts.sampler.set_epoch(progress.epoch)
             for batch in loader:
                 with accelerator.accumulate(parts.model):
-                    loss = batch_loss(parts.model, batch)
+                    loss = batch_loss(parts.model, batch, parts.loss)
                     accelerator.backward(loss)
-                    norm = None
+                    values: dict[str, float] = {}
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(parts.parameters, max_grad_norm or math.inf)
+                        values["gradient_norm"] = float(norm)
                     parts.optimizer.step()
+                    if accelerator.sync_gradients:
+                        values |= parts.limit_norms()
+                        parts.average.after_step()
+                        values |= reported_rates(parts.optimizer.param_groups)
+                        parts.scheduler.step()  # before gradients go: Adafactor's own schedule asks for them
                     parts.optimizer.zero_grad(set_to_none=True)
                 progress.batch += 1
                 meter.add(loss, len(batch["sigma"]))
                 if accelerator.sync_gradients:
                     progress.step += 1
-                    meter.step(norm)
-                    parts.scheduler.step()
+                    meter.step(values)
                     on_step()
                     if progress.step >= total_steps:
                         break
@@ -142,23 +156,22 @@ class _Meter:
         self._losses.append(value)
         self._samples += samples
 
-    def step(self, norm: torch.Tensor | None) -> None:
-        """Report one optimizer step: the mean over its accumulated batches."""
+    def step(self, further: Mapping[str, float]) -> None:
+        """Report one optimizer step: the mean over its accumulated batches, and `further` values, `lr` among them."""
         loss = sum(self._losses) / len(self._losses)
         self._recent = [*self._recent[1 - _AVERAGED :], loss]
         now = time.perf_counter()
-        rate = self._parts.scheduler.get_last_lr()[0]
         values = {
             "loss": loss,
-            "lr": rate,
+            **further,
             "samples_per_second": self._samples / (now - self._clock),
+            "peak_memory_gib": self._peak_memory() / _GIB,
         }
-        if norm is not None:
-            values["gradient_norm"] = float(norm)
-        values["peak_memory_gib"] = self._peak_memory() / _GIB
         self._accelerator.log(values, step=self._progress.step)
         self._losses, self._samples, self._clock = [], 0, now
-        self.bar.set_postfix(loss=f"{sum(self._recent) / len(self._recent):.4f}", lr=f"{rate:.2e}", refresh=False)
+        self.bar.set_postfix(
+            loss=f"{sum(self._recent) / len(self._recent):.4f}", lr=f"{further['lr']:.2e}", refresh=False
+        )
         self.bar.update()
 
     def _peak_memory(self) -> int:

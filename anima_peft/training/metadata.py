@@ -7,13 +7,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from ..adapters.lokr import FULL_MATRIX_SENTINEL
 from ..data.pictures import Picture
 from ..models.sources import ModelSources
 from .encoding import ModelHashes
+from .optimizers import class_path
 from .state import Progress
 
 if TYPE_CHECKING:
@@ -93,30 +94,37 @@ def _run(train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, prog
 
 
 def _options(train: TrainOptions) -> Mapping[str, object]:
-    network = train.network
+    network, optimizer, schedule = train.network, train.optimizer, train.schedule
+    patterns = {
+        name: getattr(network, name)
+        for name in ("exclude_patterns", "include_patterns", "network_reg_dims", "network_reg_lrs")
+    }
     network_args = {
         "target_modules": ",".join(network.target_modules),
-        "train_llm_adapter": str(network.train_llm_adapter),
+        "train_llm_adapter": str(train.trains_conditioner),
         "train_norm": str(network.train_norm),
+        "rank_dropout": str(network.rank_dropout),
+        "module_dropout": str(network.module_dropout),
+        "loraplus_lr_ratio": str(network.loraplus_lr_ratio),
+        **{name: ",".join(texts) for name, texts in patterns.items() if texts},
     }
     if network.is_lokr:
         network_args |= {
             "factor": str(network.lokr_factor),
             "full_matrix": str(network.lokr_full_matrix or network.network_dim >= FULL_MATRIX_SENTINEL),
             "decompose_both": str(network.lokr_decompose_both),
-            "rank_dropout": str(network.lokr_rank_dropout),
-            "module_dropout": str(network.lokr_module_dropout),
         }
     else:
         network_args["use_dora"] = str(network.use_dora)
     return {
-        "ss_learning_rate": train.optimizer.learning_rate,
-        "ss_unet_lr": train.optimizer.learning_rate,
-        "ss_optimizer": f"torch.optim.AdamW(betas={train.optimizer.betas},eps={train.optimizer.eps},"
-        f"weight_decay={train.optimizer.weight_decay})",
-        "ss_lr_scheduler": train.optimizer.lr_scheduler,
-        "ss_lr_warmup_steps": train.optimizer.lr_warmup_steps,
-        "ss_max_grad_norm": train.optimizer.max_grad_norm,
+        "ss_learning_rate": optimizer.learning_rate,
+        "ss_unet_lr": optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr,
+        "ss_optimizer": f"{class_path(optimizer.optimizer_type)}({','.join(optimizer.optimizer_args)})",
+        "ss_lr_scheduler": schedule.lr_scheduler_type or schedule.lr_scheduler,
+        "ss_lr_warmup_steps": schedule.lr_warmup_steps,
+        "ss_max_grad_norm": optimizer.max_grad_norm,
+        "ss_scale_weight_norms": network.scale_weight_norms,
+        "ss_ema_decay": train.ema.ema_decay if train.ema.use_ema else None,
         "ss_network_dropout": train.network.network_dropout,
         "ss_network_args": json.dumps(network_args),
         "ss_gradient_accumulation_steps": train.loop.gradient_accumulation_steps,
@@ -125,11 +133,11 @@ def _options(train: TrainOptions) -> Mapping[str, object]:
         "ss_seed": train.loop.seed,
         "ss_max_token_length": train.model.anima_seq_len,
         "ss_cache_latents": True,
-        "ss_timestep_sampling": train.flow.timestep_sampling,
-        "ss_sigmoid_scale": train.flow.sigmoid_scale,
-        "ss_discrete_flow_shift": train.flow.discrete_flow_shift,
-        "ss_loss_type": "l2",
-        "ss_weighting_scheme": "none",
+        **{
+            f"ss_{name}": value
+            for name, value in {**asdict(train.flow), **asdict(train.loss)}.items()
+            if not isinstance(value, bool)
+        },
         "ss_training_comment": train.save.training_comment,
     }
 

@@ -31,10 +31,6 @@ class Outputs:
         return self.folder / f"{self.name}{SUFFIX}"
 
     @property
-    def final_state(self) -> Path:
-        return self.folder / f"{self.name}{STATE_SUFFIX}"
-
-    @property
     def config(self) -> Path:
         """The configuration of the run, every option with its value and origin."""
         return self.folder / f"{self.name}-config.toml"

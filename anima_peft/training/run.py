@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,32 +16,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from ..adapters.exchange import start_from
-from ..adapters.layers import relative_delta, undecayed_parameters
-from ..adapters.lokr import LoKrConfig
-from ..adapters.lora import LoraConfig
-from ..adapters.strengths import adapter_layers
+from ..adapters.layers import relative_delta
 from ..data.cache import FileIndex, cache_folder
-from ..data.dataset import BucketBatchSampler, CachedDataset, collate
+from ..data.dataset import BucketBatchSampler, CachedDataset
 from ..data.pictures import Picture, scan
 from ..errors import InputError
 from ..files import require_writable
 from ..generation import Request
 from ..models.encoders import check_encoders
-from ..models.precision import enable_fp32_residual
 from ..models.sources import ModelSources, resolve_sources
 from ..transformer import AnimaTransformerModel
-from .attention import use_xformers
+from .attention import require_attention
+from .averages import AdapterAverage
 from .comparison import draw_comparison
 from .encoding import ModelHashes, cache_captions, cache_latents, hash_model
 from .engine import engine
-from .flow import SigmaSampler
-from .loop import Parts, run_loop
+from .loop import run_loop
 from .metadata import RunFacts, training_metadata
-from .optimizers import build_adamw, build_scheduler, warmup_steps
+from .network import add_network, hash_merged, merge_base_weights, require_weights
+from .optimizers import needs_cuda
 from .outputs import Outputs, require_free, resolve_folder
+from .prepare import noise_sampler, prepare_model, prepare_parts, sigma_sampler
 from .saving import Saver
 from .state import ADAPTER_NAME, Progress, load_state, read_progress, register, require_same_settings
 
@@ -101,18 +97,26 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             require_writable("logging_dir", log_root)
         for warning in config.warnings:
             logger.warning(warning)
+        dtype = DTYPES[options.loop.mixed_precision]
+        _require_device(options, accelerator.device, dtype)
+        require_weights(options)
         with accelerator.local_main_process_first():  # one process of a machine fetches what is missing
             sources = _sources(options)
         check_encoders(sources.text_encoder, sources.vae)
         cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
         pictures = scan(config.datasets, cache_dir=cache_dir)
 
-        dtype = DTYPES[options.loop.mixed_precision]
         model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype=dtype)
+        merge_base_weights(model, options)
         set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
         parameters = add_network(model, options)
-        hashes = hash_model(sources, FileIndex(cache_folder(pictures[0].path.parent, cache_dir)))
-        dataset = _cached_dataset(options, sources, hashes, model, pictures, dtype, accelerator.device, cache_dir)
+        index = FileIndex(cache_folder(pictures[0].path.parent, cache_dir))
+        merged = hash_merged(options, index)
+        hashes = hash_model(sources, index)
+        text_hash = "/".join(filter(None, (hashes.text, hashes.transformer, merged)))
+        dataset = _cached_dataset(
+            options, sources, hashes.vae, text_hash, model, pictures, dtype, accelerator.device, cache_dir
+        )
         sampler = BucketBatchSampler(dataset.groups, dataset.batch_sizes, seed=options.loop.seed)
         facts = _plan(options, sources, hashes, batches=len(sampler))
         if resume and progress.step >= facts.total_steps:
@@ -121,14 +125,14 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
                 "raise max_train_steps or max_train_epochs to go on."
             )
 
-        _prepare_model(model, options, accelerator)
-        parts = _prepare_parts(accelerator, options, model, parameters, dataset, sampler, facts.total_steps)
-        register(accelerator, model, progress)
+        prepare_model(model, options, accelerator)
+        parts = prepare_parts(accelerator, options, model, parameters, dataset, sampler, facts.total_steps)
+        register(accelerator, model, progress, parts.average)
         if resume:
             load_state(accelerator, resume)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
         metadata = partial(training_metadata, options, pictures, facts, config.summary)
-        saver = _saver(accelerator, options, model, outputs, progress, metadata, config.resolved)
+        saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
         log_folder = _start_tracking(accelerator, options, log_root, now)
         run_loop(
             accelerator,
@@ -140,16 +144,21 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             on_epoch=saver.after_epoch,
         )
         saver.at_end()
-        learned = relative_delta(model.components, ADAPTER_NAME)
+        with parts.average.in_place():
+            learned = relative_delta(model.components, ADAPTER_NAME)
         comparison = _compare(accelerator, options, model, sources, outputs, dtype)
     return Result(outputs.final, progress.step, learned, log_folder, comparison)
 
 
 def _state_settings(options: TrainOptions) -> dict[str, Any]:
     """What a state fixes for the run that goes on with it."""
-    optimizer, loop = options.optimizer, options.loop
+    network, loop = options.network, options.loop
+    fixed = asdict(options.optimizer) | asdict(options.schedule) | asdict(options.ema)
+    fixed.pop("max_grad_norm")
     return {
-        **{f.name: getattr(optimizer, f.name) for f in fields(optimizer) if f.name != "max_grad_norm"},
+        **fixed,
+        "network_reg_lrs": network.network_reg_lrs,
+        "loraplus_lr_ratio": network.loraplus_lr_ratio,
         "mixed_precision": loop.mixed_precision,
         "gradient_accumulation_steps": loop.gradient_accumulation_steps,
         "seed": loop.seed,
@@ -170,40 +179,23 @@ def _sources(options: TrainOptions) -> ModelSources:
     )
 
 
-def add_network(model: AnimaTransformerModel, options: TrainOptions) -> list[torch.nn.Parameter]:
-    """Put the adapter that the options describe on the model; returns its parameters, all float32."""
-    network = options.network
-    shared: dict[str, Any] = {
-        "r": network.network_dim,
-        "target_modules": list(network.target_modules),
-        "train_norm": network.train_norm,
-        "train_text_conditioner": network.train_llm_adapter,
-    }
-    config: LoraConfig | LoKrConfig
-    if network.is_lokr:
-        config = LoKrConfig(
-            alpha=network.network_alpha,
-            decompose_factor=network.lokr_factor,
-            full_matrix=network.lokr_full_matrix,
-            decompose_both=network.lokr_decompose_both,
-            rank_dropout=network.lokr_rank_dropout,
-            module_dropout=network.lokr_module_dropout,
-            **shared,
-        )
-    else:
-        config = LoraConfig(
-            lora_alpha=network.network_alpha, lora_dropout=network.network_dropout, use_dora=network.use_dora, **shared
-        )
-    parameters = model.add_adapter(config, ADAPTER_NAME)
-    if network.network_weights is not None:
-        logger.warning(start_from(model.components, network.network_weights, ADAPTER_NAME))
-    return parameters
+def _require_device(options: TrainOptions, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what the options ask for and this machine has not.
+
+    Raises:
+        InputError: attention kernels or an optimizer that need another device or a package.
+    """
+    require_attention(options.loop.attn_mode, device, dtype)
+    name = options.optimizer.optimizer_type
+    if needs_cuda(name) and device.type != "cuda":
+        raise InputError(f'optimizer_type: {name} needs a CUDA device, and none is in use; "AdamW" runs everywhere.')
 
 
 def _cached_dataset(
     options: TrainOptions,
     sources: ModelSources,
-    hashes: ModelHashes,
+    vae_hash: str,
+    text_hash: str,
     model: AnimaTransformerModel,
     pictures: Sequence[Picture],
     dtype: torch.dtype,
@@ -214,7 +206,7 @@ def _cached_dataset(
     latents = cache_latents(
         pictures,
         sources.vae,
-        model_hash=hashes.vae,
+        model_hash=vae_hash,
         dtype=dtype,
         device=device,
         batch_size=options.loop.vae_batch_size,
@@ -224,16 +216,21 @@ def _cached_dataset(
         pictures,
         sources,
         model,
-        model_hash=f"{hashes.text}/{hashes.transformer}",
+        model_hash=text_hash,
         dtype=dtype,
         device=device,
         max_length=options.model.anima_seq_len,
-        train_conditioner=options.network.train_llm_adapter,
+        train_conditioner=options.trains_conditioner,
         cache_dir=cache_dir,
     )
-    flow = options.flow
-    draw_sigma = SigmaSampler(flow.timestep_sampling, flow.sigmoid_scale, flow.discrete_flow_shift)  # type: ignore[arg-type]
-    return CachedDataset(pictures, latents.files, captions.files, seed=options.loop.seed, draw_sigma=draw_sigma)
+    return CachedDataset(
+        pictures,
+        latents.files,
+        captions.files,
+        seed=options.loop.seed,
+        draw_sigma=sigma_sampler(options),
+        draw_noise=noise_sampler(options),
+    )
 
 
 def _plan(options: TrainOptions, sources: ModelSources, hashes: ModelHashes, *, batches: int) -> RunFacts:
@@ -248,72 +245,13 @@ def _plan(options: TrainOptions, sources: ModelSources, hashes: ModelHashes, *, 
     return RunFacts(sources, hashes, batches, total, epochs=math.ceil(total / steps_per_epoch))
 
 
-def _prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerator: Accelerator) -> None:
-    """Bring the model into the form it is trained in, on its device."""
-    if options.loop.mixed_precision == "fp16":
-        enable_fp32_residual(model.transformer)
-    if options.loop.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if options.loop.xformers:
-        use_xformers(model, accelerator.device)
-    if options.loop.mixed_precision != "no":
-        # Autocast brings the adapter's float32 weights to the activations' dtype; PEFT would do it the other way
-        # round, and compute the adapter in float32.
-        for _, _, layer in adapter_layers(model.components):
-            layer.cast_input_dtype_enabled = False
-    model.transformer.to(accelerator.device)
-    if options.network.train_llm_adapter:  # frozen, it has done its work
-        model.text_conditioner.to(accelerator.device)
-
-
-def _prepare_parts(
-    accelerator: Accelerator,
-    options: TrainOptions,
-    model: AnimaTransformerModel,
-    parameters: list[torch.nn.Parameter],
-    dataset: CachedDataset,
-    sampler: BucketBatchSampler,
-    total_steps: int,
-) -> Parts:
-    settings, loop = options.optimizer, options.loop
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert {id(p) for p in trained} == {id(p) for p in parameters}, "something besides the adapter would be trained"
-    optimizer = build_adamw(
-        parameters,
-        settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        undecayed=undecayed_parameters(model.components, ADAPTER_NAME),
-    )
-    scheduler = build_scheduler(
-        optimizer,
-        settings.lr_scheduler,
-        total_steps,
-        warmup=warmup_steps(settings.lr_warmup_steps, total_steps),
-        num_cycles=settings.lr_scheduler_num_cycles,
-        power=settings.lr_scheduler_power,
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=loop.max_data_loader_n_workers,
-        persistent_workers=loop.persistent_data_loader_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    ready_model, ready_optimizer, ready_scheduler, ready_loader = accelerator.prepare(
-        model, optimizer, scheduler, loader, device_placement=[False, True, True, True]
-    )
-    return Parts(ready_model, ready_optimizer, ready_scheduler, ready_loader, sampler, parameters)
-
-
 def _saver(
     accelerator: Accelerator,
     options: TrainOptions,
     model: AnimaTransformerModel,
     outputs: Outputs,
     progress: Progress,
+    average: AdapterAverage,
     metadata: partial[dict[str, str]],
     resolved: str,
 ) -> Saver:
@@ -323,6 +261,7 @@ def _saver(
         model,
         outputs,
         progress,
+        average,
         metadata,
         resolved,
         format=save.save_format,  # type: ignore[arg-type]  # one of its choices

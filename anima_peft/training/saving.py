@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from ..adapters.formats import Format
 from ..files import write_atomically
 from ..transformer import AnimaTransformerModel
+from .averages import AdapterAverage
 from .metadata import MetadataWriter
 from .outputs import Outputs, files_to_drop, remove, state_folder
 from .state import ADAPTER_NAME, Progress, save_state
@@ -22,6 +23,7 @@ class Saver:
         model: the bare model.
         outputs: names in the run's folder.
         progress: where the run stands; remembers what was saved.
+        average: what the adapter's files hold; states hold what steps are taken at.
         metadata: text of each file.
         resolved: the configuration, written beside the first file.
         format, dtype: of the files.
@@ -36,6 +38,7 @@ class Saver:
         model: AnimaTransformerModel,
         outputs: Outputs,
         progress: Progress,
+        average: AdapterAverage,
         metadata: MetadataWriter,
         resolved: str,
         *,
@@ -49,7 +52,7 @@ class Saver:
         state_at_end: bool,
     ):
         self._accelerator, self._model, self._outputs, self._progress = accelerator, model, outputs, progress
-        self._metadata, self._format, self._dtype = metadata, format, dtype
+        self._average, self._metadata, self._format, self._dtype = average, metadata, format, dtype
         self._resolved: str | None = resolved
         self._every_steps, self._every_epochs = every_steps, every_epochs
         self._keep_steps, self._keep_epochs = keep_steps, keep_epochs
@@ -86,9 +89,10 @@ class Saver:
     def _write(self, path: Path, *, state: bool) -> None:
         if self._accelerator.is_main_process:
             self._write_config()
-            self._model.save_lora_adapter(
-                path, ADAPTER_NAME, self._format, metadata=self._metadata(self._progress), dtype=self._dtype
-            )
+            with self._average.in_place():
+                self._model.save_lora_adapter(
+                    path, ADAPTER_NAME, self._format, metadata=self._metadata(self._progress), dtype=self._dtype
+                )
         if state:
             save_state(self._accelerator, state_folder(path))
 

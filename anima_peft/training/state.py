@@ -21,6 +21,7 @@ from ..adapters.naming import ModuleTable
 from ..errors import InputError
 from ..files import write_atomically
 from ..transformer import AnimaTransformerModel
+from .averages import AdapterAverage
 
 ADAPTER_FILE = "adapter.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -47,13 +48,19 @@ class Progress:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def register(accelerator: Accelerator, model: AnimaTransformerModel, progress: Progress) -> None:
-    """Make accelerate's `save_state` and `load_state` carry the adapter and the progress instead of the whole model."""
+def register(
+    accelerator: Accelerator, model: AnimaTransformerModel, progress: Progress, average: AdapterAverage
+) -> None:
+    """Make accelerate's `save_state` and `load_state` carry the adapter and the progress instead of the whole model.
+
+    The adapter is the one that steps are taken at; averages over it stand beside it.
+    """
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         weights.clear()  # the frozen base is not part of a state
         if accelerator.is_main_process:
             exchange.save_adapter(model.components, Path(folder) / ADAPTER_FILE, ADAPTER_NAME)
+            average.save(Path(folder))
             text = json.dumps(asdict(progress), indent=2)
             write_atomically(Path(folder) / PROGRESS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -65,6 +72,7 @@ def register(accelerator: Accelerator, model: AnimaTransformerModel, progress: P
         weights = parse(tensors, metadata, table, str(file))
         _require_same_network(model, weights, file)
         write_weights(model.components, weights, ADAPTER_NAME)
+        average.load(Path(folder), progress.step)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from anima_peft import InputError, LoKrConfig, LoraConfig, inject_adapter
 from anima_peft.adapters.exchange import read_adapter, start_from
 from anima_peft.adapters.factors import LoKrFactors, LoraFactors, NormDelta
-from anima_peft.adapters.layers import adapter_parameters, undecayed_parameters
+from anima_peft.adapters.layers import adapter_parameters, parts_of
 from anima_peft.adapters.lokr import FULL_MATRIX_SENTINEL, LoKrLinear, plan_shape
+from anima_peft.adapters.naming import ModuleTable
 from tests.adapters.adapting import MLP, TO_Q, assert_close, call, dense, output, tiny_model
 from tests.adapters.test_kinds import shake
 
@@ -166,7 +167,8 @@ def test_low_precision_activations_keep_float32_parameters() -> None:
 def test_norms_move_on_a_bf16_base_and_are_not_decayed() -> None:
     model = tiny_model(torch.bfloat16)
     model.add_adapter(LoKrConfig(r=100_000, target_modules=[TO_Q], train_norm=True))
-    norms = undecayed_parameters(model.components, "default")
+    parts = parts_of(model.components, ModuleTable(model.components), "default")
+    norms = [part.parameter for part in parts if not part.is_decayed]
     assert len(norms) == len(
         [n for n in read_adapter(model.components, "default").values() if isinstance(n, NormDelta)]
     )

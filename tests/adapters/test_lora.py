@@ -209,7 +209,6 @@ UNSUPPORTED: dict[str, Any] = {
     "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["proj_out"],
-    "exclude_modules": ["to_q"],
     "target_parameters": ["proj_out.weight"],
     "trainable_token_indices": [1],
     "inference_mode": True,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from anima_peft.config import TrainOptions, build_parser, foreign, load
 from anima_peft.config.dataset import DatasetKeys, SubsetKeys
 from anima_peft.config.loading import GROUPS, OPTIONS
 from anima_peft.config.options import options_of
 from anima_peft.errors import InputError
+from anima_peft.training import optimizers
 
 # option: (value in the TOML, words on the command line, value kept)
 CASES: dict[str, tuple[Any, list[str], Any]] = {
@@ -38,16 +40,44 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "network_dim": (16, ["16"], 16),
     "network_alpha": (2, ["2"], 2.0),
     "network_dropout": (0.5, ["0.5"], 0.5),
+    "dim_from_weights": (True, [], True),
+    "base_weights": (["a.safetensors"], ["a.safetensors"], ["a.safetensors"]),
+    "base_weights_multiplier": ([0.5, 1], ["0.5", "1"], [0.5, 1.0]),
+    "scale_weight_norms": (1, ["1"], 1.0),
     "network_weights": ("start.safetensors", ["start.safetensors"], "start.safetensors"),
     "train_norm": (True, [], True),
     "timestep_sampling": ("flux_shift", ["flux_shift"], "flux_shift"),
     "sigmoid_scale": (1.3, ["1.3"], 1.3),
     "discrete_flow_shift": (3, ["3"], 3.0),
+    "logit_mean": (-0.5, ["-0.5"], -0.5),
+    "logit_std": (2, ["2"], 2.0),
+    "mode_scale": (1, ["1"], 1.0),
+    "min_timestep": (100, ["100"], 100),
+    "max_timestep": (900, ["900"], 900),
+    "noise_offset": (0.05, ["0.05"], 0.05),
+    "noise_offset_random_strength": (True, [], True),
+    "ip_noise_gamma": (0.1, ["0.1"], 0.1),
+    "ip_noise_gamma_random_strength": (True, [], True),
+    "loss_type": ("huber", ["huber"], "huber"),
+    "huber_c": (0.2, ["0.2"], 0.2),
+    "huber_schedule": ("constant", ["constant"], "constant"),
+    "huber_scale": (2, ["2"], 2.0),
+    "weighting_scheme": ("cosmap", ["cosmap"], "cosmap"),
     "optimizer_type": ("adamw", ["ADAMW"], "AdamW"),
+    "optimizer_args": (["weight_decay=0"], ["weight_decay=0"], ["weight_decay=0"]),
     "learning_rate": (1, ["1"], 1.0),
+    "unet_lr": (1e-5, ["1e-5"], 1e-5),
+    "llm_adapter_lr": (0, ["0"], 0.0),
     "lr_scheduler": ("cosine", ["cosine"], "cosine"),
     "lr_warmup_steps": (0.1, ["0.1"], 0.1),
-    "lr_scheduler_num_cycles": (0.5, ["0.5"], 0.5),
+    "lr_scheduler_num_cycles": (3, ["3"], 3.0),
+    "lr_decay_steps": (0.2, ["0.2"], 0.2),
+    "lr_scheduler_timescale": (20, ["20"], 20),
+    "lr_scheduler_min_lr_ratio": (0.1, ["0.1"], 0.1),
+    "lr_scheduler_type": ("ConstantLR", ["ConstantLR"], "ConstantLR"),
+    "lr_scheduler_args": (["lr_end=1e-8"], ["lr_end=1e-8"], ["lr_end=1e-8"]),
+    "use_ema": (True, [], True),
+    "ema_decay": (0.9, ["0.9"], 0.9),
     "lr_scheduler_power": (2, ["2"], 2.0),
     "max_grad_norm": (0, ["0"], 0.0),
     "max_train_steps": (10, ["10"], 10),
@@ -58,6 +88,7 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "mixed_precision": ("fp32", ["fp32"], "no"),
     "seed": (2**32 - 1, ["4294967295"], 2**32 - 1),
     "xformers": (True, [], True),
+    "attn_mode": ("sdpa", ["sdpa"], "torch"),
     "max_data_loader_n_workers": (2, ["2"], 2),
     "persistent_data_loader_workers": (True, [], True),
     "vae_batch_size": (4, ["4"], 4),
@@ -98,11 +129,13 @@ INSIDE_CASES: dict[str, tuple[str, str, Any]] = {
     "lokr_factor": ("network_args", "-1", -1),
     "lokr_full_matrix": ("network_args", "True", True),
     "lokr_decompose_both": ("network_args", "True", True),
-    "lokr_rank_dropout": ("network_args", "0.1", 0.1),
-    "lokr_module_dropout": ("network_args", "0.2", 0.2),
-    "betas": ("optimizer_args", "(0.9, 0.99)", [0.9, 0.99]),
-    "weight_decay": ("optimizer_args", "0", 0.0),
-    "eps": ("optimizer_args", "1e-6", 1e-6),
+    "rank_dropout": ("network_args", "0.1", 0.1),
+    "module_dropout": ("network_args", "0.2", 0.2),
+    "exclude_patterns": ("network_args", "['.*mlp.*']", [".*mlp.*"]),
+    "include_patterns": ("network_args", r"['.*_modulation_mlp\.1', 'x.*']", [r".*_modulation_mlp\.1", "x.*"]),
+    "network_reg_dims": ("network_args", ".*mlp.*=8,.*attn.*=0", [".*mlp.*=8", ".*attn.*=0"]),
+    "network_reg_lrs": ("network_args", ".*mlp.*=1e-4, .*attn.*=0", [".*mlp.*=1e-4", ".*attn.*=0"]),
+    "loraplus_lr_ratio": ("network_args", "16", 16.0),
 }
 # what an option needs beside it to have an effect
 LOKR = {"network_module": "networks.lokr_anima"}
@@ -110,8 +143,22 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lokr_factor": LOKR,
     "lokr_full_matrix": LOKR,
     "lokr_decompose_both": LOKR,
-    "lokr_rank_dropout": LOKR,
-    "lokr_module_dropout": LOKR,
+    "dim_from_weights": {"network_weights": "start.safetensors"},
+    "base_weights_multiplier": {"base_weights": ["a.safetensors", "b.safetensors"]},
+    "llm_adapter_lr": {"network_args": ["train_llm_adapter=true"]},
+    "logit_mean": {"timestep_sampling": "sigma", "weighting_scheme": "logit_normal"},
+    "logit_std": {"timestep_sampling": "sigma", "weighting_scheme": "logit_normal"},
+    "mode_scale": {"timestep_sampling": "sigma", "weighting_scheme": "mode"},
+    "noise_offset_random_strength": {"noise_offset": 0.1},
+    "ip_noise_gamma_random_strength": {"ip_noise_gamma": 0.1},
+    "huber_c": {"loss_type": "huber"},
+    "huber_schedule": {"loss_type": "huber"},
+    "huber_scale": {"loss_type": "smooth_l1"},
+    "lr_decay_steps": {"lr_scheduler": "warmup_stable_decay"},
+    "lr_scheduler_timescale": {"lr_scheduler": "inverse_sqrt"},
+    "lr_scheduler_min_lr_ratio": {"lr_scheduler": "cosine_with_min_lr"},
+    "lr_scheduler_args": {"lr_scheduler": "polynomial"},
+    "ema_decay": {"use_ema": True},
     "discrete_flow_shift": {"timestep_sampling": "shift"},
     "lr_warmup_steps": {"lr_scheduler": "constant_with_warmup"},
     "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
@@ -159,7 +206,9 @@ def test_option_from_toml(load_with, name: str) -> None:
     assert type(run.values[name]) is type(expected(name, written))
     group = next(group for group, cls in GROUPS.items() if name in cls.__dataclass_fields__)
     kept = getattr(getattr(run.train, group), name)
-    assert run.values[name] == ([asdict(line) for line in kept] if name == "compare_prompts" else kept)
+    if isinstance(kept, tuple):
+        kept = [asdict(item) if is_dataclass(item) else item for item in kept]
+    assert run.values[name] == kept
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -222,9 +271,36 @@ def test_lists_inside_arguments(load_with, text: str, kept: list[str]) -> None:
     assert load_with({"network_args": [f"target_modules={text}"]}).values["target_modules"] == kept
 
 
-@pytest.mark.parametrize("text", ["0.9,0.99", "(0.9,0.99)", "[0.9, 0.99]"])
-def test_betas_as_other_trainers_write_them(load_with, text: str) -> None:
-    assert load_with({"optimizer_args": [f"betas={text}"]}).train.optimizer.betas == (0.9, 0.99)
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("betas=0.9,0.99", "betas", (0.9, 0.99)),
+        ("betas = (0.9, 0.99)", "betas", (0.9, 0.99)),
+        ("betas=[0.9, 0.99]", "betas", [0.9, 0.99]),
+        ("amsgrad=True", "amsgrad", True),
+        ("amsgrad=false", "amsgrad", False),
+        ("weight_decay=1e-2", "weight_decay", 0.01),
+    ],
+)
+def test_arguments_as_other_trainers_write_them(load_with, text: str, key: str, value: object) -> None:
+    assert load_with({"optimizer_args": [text]}).train.optimizer.arguments == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("", "AdamW"),
+        ("adamw8BIT", None),
+        ("radam_schedulefree", "RAdamScheduleFree"),
+        ("AdamW_ScheduleFree", "AdamWScheduleFree"),
+        ("prodigy", "Prodigy"),
+        ("torch.optim.NAdam", "torch.optim.NAdam"),
+    ],
+)
+def test_optimizers_by_any_spelling(load_with, monkeypatch: pytest.MonkeyPatch, written: str, kept: str | None) -> None:
+    monkeypatch.setattr(optimizers, "load_class", lambda path, extra="": torch.optim.AdamW)
+    run = load_with({"optimizer_type": written})
+    assert run.train.optimizer.optimizer_type == (kept or "AdamW8bit")
 
 
 def test_defaults_are_those_that_users_know(load_with) -> None:
@@ -277,6 +353,9 @@ def test_alpha_zero_stands_for_the_dim(load_with) -> None:
         ("anima_timestep_sampling", "timestep_sampling", "logit_normal", "sigmoid"),
         ("anima_sigmoid_scale", "sigmoid_scale", 2, 2.0),
         ("anima_flow_shift", "discrete_flow_shift", 1, 1.0),
+        ("anima_noise_offset", "noise_offset", 0.1, 0.1),
+        ("anima_attention_backend", "attn_mode", "torch", "torch"),
+        ("transformer_lr", "unet_lr", 1e-5, 1e-5),
     ],
 )
 def test_aliases(load_with, alias: str, name: str, written: Any, kept: Any) -> None:
@@ -338,7 +417,7 @@ def test_empty_text_leaves_an_optional_option_unset(load_with) -> None:
         {"shuffle_caption": False, "keep_tokens": 0, "caption_dropout_rate": 0.0, "base_weights": []},
         {"weighting_scheme": "none", "loss_type": "l2", "max_timestep": 1000, "prior_loss_weight": 1},
         {"save_model_as": "safetensors", "network_train_unet_only": True, "text_encoder_lr": [0, 0.0]},
-        {"anima_noise_offset": 0.0, "anima_attention_backend": "torch"},
+        {"anima_noise_offset": 0.0, "sdpa": True, "huber_schedule": "snr", "loss_type": "l2"},
         {"network_args": ["rank_dropout=0", "conv_dim=0"]},
     ],
 )

@@ -8,8 +8,8 @@ from anima_peft.config import foreign, load
 from anima_peft.config.command_line import FileOptions
 from anima_peft.config.dataset import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
 from anima_peft.config.loading import OPTIONS
+from anima_peft.config.network import ARGUMENT_LISTS
 from anima_peft.config.options import options_of
-from anima_peft.config.train import ARGUMENT_LISTS
 from anima_peft.errors import InputError
 
 from .other_trainers import (

@@ -8,11 +8,11 @@ import torch
 from anima_peft.training.flow import (
     SigmaSampler,
     add_noise,
-    flow_loss,
     resolution_mu,
     shift_sigma,
     velocity,
 )
+from anima_peft.training.losses import FlowLoss
 
 GENERATOR = torch.Generator()
 
@@ -28,7 +28,7 @@ def test_noising_target_and_loss_equal_float64() -> None:
     sigma = torch.tensor([0.0, 0.3, 1.0])
 
     noisy = add_noise(latents, noise, sigma)
-    loss = flow_loss(prediction, velocity(latents, noise))
+    loss = FlowLoss()(prediction, velocity(latents, noise), sigma)
 
     z, eps, v, s = latents.double(), noise.double(), prediction.double(), sigma.double()[:, None, None, None]
     torch.testing.assert_close(noisy.double(), (1 - s) * z + s * eps, atol=1e-6, rtol=0)
@@ -48,7 +48,7 @@ def test_target_is_the_derivative_of_the_path() -> None:
 
 def test_half_precision_predictions_are_compared_in_float32() -> None:
     prediction = torch.full((1, 16, 4, 4), 300.0, dtype=torch.float16)  # its square is beyond float16
-    assert flow_loss(prediction, torch.zeros(1, 16, 4, 4)).tolist() == [90_000.0]
+    assert FlowLoss()(prediction, torch.zeros(1, 16, 4, 4), torch.zeros(1)).tolist() == [90_000.0]
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.3])

@@ -16,7 +16,7 @@ def test_names_are_those_of_sd_scripts(tmp_path: Path) -> None:
     assert outputs.after_step(100).name == "角色 v1-step00000100.safetensors"
     assert state_folder(outputs.after_step(100)).name == "角色 v1-step00000100-state"
     assert outputs.config.name == "角色 v1-config.toml"
-    assert outputs.final_state.name == "角色 v1-state"
+    assert state_folder(outputs.final).name == "角色 v1-state"
 
 
 def test_time_is_filled_in() -> None:

@@ -1,0 +1,184 @@
+"""Model, optimizer, schedule and data brought into the form that the loop drives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from ..adapters.layers import parts_of
+from ..adapters.max_norm import limit_norms
+from ..adapters.naming import ModuleTable
+from ..adapters.strengths import adapter_layers
+from ..data.dataset import BucketBatchSampler, CachedDataset, collate
+from ..errors import InputError
+from ..models.precision import enable_fp32_residual
+from ..transformer import AnimaTransformerModel
+from .attention import set_attention
+from .averages import AdapterAverage
+from .flow import NoiseSampler, SigmaSampler
+from .groups import Rates, group_parameters
+from .loop import Parts
+from .losses import FlowLoss
+from .optimizers import build_optimizer, sets_own_rate
+from .schedules import ADAFACTOR, as_steps, build_custom_scheduler, build_scheduler
+from .state import ADAPTER_NAME
+
+if TYPE_CHECKING:
+    from ..config import TrainOptions
+
+
+def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerator: Accelerator) -> None:
+    """Bring the model into the form it is trained in, on its device."""
+    if options.loop.mixed_precision == "fp16":
+        enable_fp32_residual(model.transformer)
+    if options.loop.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    set_attention(model, options.loop.attn_mode, accelerator.device, xformers=options.loop.xformers)
+    if options.loop.mixed_precision != "no":
+        # Autocast brings the adapter's float32 weights to the activations' dtype; PEFT would do it the other way
+        # round, and compute the adapter in float32.
+        for _, _, layer in adapter_layers(model.components):
+            layer.cast_input_dtype_enabled = False
+    model.transformer.to(accelerator.device)
+    if options.trains_conditioner:  # frozen, it has done its work
+        model.text_conditioner.to(accelerator.device)
+
+
+def prepare_parts(
+    accelerator: Accelerator,
+    options: TrainOptions,
+    model: AnimaTransformerModel,
+    parameters: list[torch.nn.Parameter],
+    dataset: CachedDataset,
+    sampler: BucketBatchSampler,
+    total_steps: int,
+) -> Parts:
+    loop = options.loop
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in parameters}, "something besides the adapter would be trained"
+    optimizer, scheduler, average = optimization(model, options, total_steps)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=loop.max_data_loader_n_workers,
+        persistent_workers=loop.persistent_data_loader_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    ready_model, ready_optimizer, ready_scheduler, ready_loader = accelerator.prepare(
+        model, optimizer, scheduler, loader, device_placement=[False, True, True, True]
+    )
+    return Parts(
+        ready_model,
+        ready_optimizer,
+        ready_scheduler,
+        ready_loader,
+        sampler,
+        parameters,
+        average,
+        flow_loss(options),
+        partial(_limit_norms, model, options.network.scale_weight_norms),
+    )
+
+
+def optimization(
+    model: AnimaTransformerModel, options: TrainOptions, total_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, AdapterAverage]:
+    """Optimizer, schedule and average of the adapter that is on the model; what has the rate 0 is frozen.
+
+    Raises:
+        InputError: a pattern of rates matches nothing, or nothing would be trained.
+    """
+    network, settings = options.network, options.optimizer
+    rates = Rates(
+        settings.learning_rate,
+        settings.unet_lr,
+        settings.llm_adapter_lr,
+        network.rates_by_pattern,
+        network.loraplus_lr_ratio,
+    )
+    components = model.components
+    groups = group_parameters(parts_of(components, ModuleTable(components), ADAPTER_NAME), rates)
+    if not groups:
+        raise InputError("network_reg_lrs: the rate is 0 everywhere, so that nothing would be trained.")
+    optimizer = build_optimizer(settings.optimizer_type, groups, settings.learning_rate, settings.arguments)
+    scheduler = _scheduler(optimizer, options, total_steps)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    average = AdapterAverage(parameters, optimizer, options.ema.ema_decay if options.ema.use_ema else None)
+    return optimizer, scheduler, average
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, options: TrainOptions, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedule = options.schedule
+    if schedule.lr_scheduler_type is not None:
+        return build_custom_scheduler(optimizer, schedule.lr_scheduler_type, schedule.arguments)
+    return build_scheduler(
+        optimizer,
+        ADAFACTOR if sets_own_rate(type(optimizer), options.optimizer.arguments) else schedule.lr_scheduler,
+        total_steps,
+        warmup=as_steps(schedule.lr_warmup_steps, total_steps),
+        decay=as_steps(schedule.lr_decay_steps, total_steps),
+        num_cycles=schedule.lr_scheduler_num_cycles,
+        power=schedule.lr_scheduler_power,
+        timescale=schedule.lr_scheduler_timescale,
+        min_lr_ratio=schedule.lr_scheduler_min_lr_ratio,
+        arguments=schedule.arguments,
+    )
+
+
+def sigma_sampler(options: TrainOptions) -> SigmaSampler:
+    """How the options draw noise levels."""
+    flow = options.flow
+    return SigmaSampler(
+        flow.timestep_sampling,  # type: ignore[arg-type]  # one of its choices
+        flow.sigmoid_scale,
+        flow.discrete_flow_shift,
+        options.loss.weighting_scheme,  # type: ignore[arg-type]
+        flow.logit_mean,
+        flow.logit_std,
+        flow.mode_scale,
+        flow.min_timestep / 1000,
+        flow.max_timestep / 1000,
+    )
+
+
+def noise_sampler(options: TrainOptions) -> NoiseSampler:
+    """How the options draw noise."""
+    flow = options.flow
+    return NoiseSampler(
+        flow.noise_offset,
+        flow.noise_offset_random_strength,
+        flow.ip_noise_gamma,
+        flow.ip_noise_gamma_random_strength,
+    )
+
+
+def flow_loss(options: TrainOptions) -> FlowLoss:
+    """The options' loss."""
+    loss = options.loss
+    return FlowLoss(
+        loss.loss_type,  # type: ignore[arg-type]  # one of its choices
+        loss.huber_c,
+        loss.huber_schedule,  # type: ignore[arg-type]
+        loss.huber_scale,
+        loss.weighting_scheme,  # type: ignore[arg-type]
+    )
+
+
+def _limit_norms(model: AnimaTransformerModel, limit: float | None) -> dict[str, float]:
+    """Max-norm regularization after a step, and what to log of it under sd-scripts' names."""
+    if limit is None:
+        return {}
+    norms = limit_norms(model.components, ADAPTER_NAME, limit)
+    return {
+        "max_norm/keys_scaled": norms.scaled,
+        "max_norm/average_key_norm": norms.mean,
+        "max_norm/max_key_norm": norms.largest,
+    }
