@@ -41,9 +41,7 @@ EFFECTS = {
         (torch.bfloat16, "bf16"),
     ),
     "seed": Effect(("--seed", "7"), lambda built: torch.stack([sample["noise"].mean() for sample in built.samples()])),
-    "xformers": Effect(
-        ("--xformers",), lambda built: any("xformers" in text for text in built.seen.warnings), False, True
-    ),
+    "max_grad_norm": Effect(("--max_grad_norm", "0.5"), lambda built: built.seen.loop["max_grad_norm"], 1.0, 0.5),
     "max_data_loader_n_workers": Effect(
         ("--max_data_loader_n_workers", "1"), lambda built: built.seen.parts.loader.num_workers, 0, 1
     ),

@@ -14,6 +14,7 @@ from anima_peft.config.loading import OPTIONS
 from anima_peft.config.options import options_of
 from anima_peft.errors import InputError
 from anima_peft.miniature import MiniatureFiles
+from tests.config.effects import EFFECTS as OF_TRAINING
 
 from .bench import DATASET, DIFFERS, Bench, Effect, Refused
 
@@ -32,7 +33,8 @@ def bench(miniature: MiniatureFiles, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_every_option_has_a_case() -> None:
     assert sum(map(len, TABLES.values())) == len(EFFECTS), "an option stands in two tables"
-    assert EFFECTS.keys() == {*OPTIONS, *DATASET_OPTIONS}
+    assert not EFFECTS.keys() & OF_TRAINING.keys()
+    assert EFFECTS.keys() | OF_TRAINING.keys() == {*OPTIONS, *DATASET_OPTIONS}
 
 
 @pytest.mark.parametrize("name", EFFECTS)
