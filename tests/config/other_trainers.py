@@ -149,7 +149,6 @@ xfomers = true
 optimizer_type = "AdamW"
 optimizer_args = ["weight_decay=0.01", "eps=1e-08", "betas=(0.9,0.95)"]
 anima_timestep_sampling = "logit_normal"
-anima_attention_backend = "torch"
 anima_monitor_memory = true
 anima_monitor_alert_policy = "warn"
 seed = 42

@@ -72,7 +72,7 @@ def test_a_file_of_the_fork_runs_unchanged(load_with) -> None:
 
 
 def test_all_options_that_cannot_be_had_are_in_one_report(load_with) -> None:
-    more = 'blocks_to_swap = 20\nbase_weights = ["a.safetensors"]\nfp8_scaled = true\nshuffle_caption = true\n'
+    more = 'blocks_to_swap = 20\nfp8_scaled = true\nclip_skip = 2\ntrain_data_dir = "pictures"\n'
     more += 'deepspeed = true\nhuggingface_repo_id = "me/lora"\n'
     with pytest.raises(InputError) as report:
         load_with(more + SD_SCRIPTS_FILE)
