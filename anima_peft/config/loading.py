@@ -169,7 +169,7 @@ def take_out_what_has_no_effect(migration: Migration) -> None:
         if given is not None and given.value is not FAULTY and given.value != option.default:
             reason = checks.missing_effect(option, OPTIONS, found)
             if reason:
-                migration.leave_out(option.name, given.path, reason.partition(";")[0])
+                migration.leave_out(given.path, reason.partition(";")[0])
 
 
 def _flags_of(cls: type) -> list[Option]:

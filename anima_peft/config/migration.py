@@ -129,16 +129,16 @@ class Migration:
     decisions: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def leave_out(self, name: str, path: str, reason: str) -> None:
-        """Take one of the train args out again, also from within a `key=value` list."""
+    def leave_out(self, path: str, reason: str) -> None:
+        """Take one of the train args out again, also from within a `key=value` list, by where its value stood."""
         for moved in list(self.train_args):
-            if moved.name == name:
+            if moved.path == path and moved.name not in ARGUMENT_LISTS:
                 self.train_args.remove(moved)
                 self.left_out[f"{path} = {shown(moved.value)}"] = reason
             elif moved.name in ARGUMENT_LISTS and isinstance(moved.value, list):
-                dropped = [text for text in moved.value if text.startswith(f"{name}=")]
+                dropped = [text for text in moved.value if f"{moved.path}.{text.partition('=')[0]}" == path]
                 moved.value[:] = [text for text in moved.value if text not in dropped]
-                self.left_out.update({f"{moved.path}.{text.replace('=', ' = ', 1)}": reason for text in dropped})
+                self.left_out.update({f"{path} = {text.partition('=')[2]}": reason for text in dropped})
                 if not moved.value:
                     self.train_args.remove(moved)
 
