@@ -88,6 +88,7 @@ class Recorded:
     precision: str = ""
     loop: Mapping[str, Any] = field(default_factory=dict)
     accelerator: Any = None
+    located: Mapping[str, Any] = field(default_factory=dict)
     sources: ModelSources | None = None
     latents: Mapping[str, Any] = field(default_factory=dict)
     captions: Mapping[str, Any] = field(default_factory=dict)
@@ -215,6 +216,10 @@ def _stand_ins(seen: Recorded, folder: Path) -> dict[str, Callable[..., Any]]:
         Image.new("RGB", (8, 8)).save(folder / "grid.png")
         return folder / "grid.png"
 
+    def resolve_sources(*values: Any, **options: Any) -> ModelSources:
+        seen.located = options
+        return real["resolve_sources"](*values, **options)
+
     def hash_model(sources: ModelSources, *rest: Any) -> Any:
         seen.sources = sources
         return real["hash_model"](sources, *rest)
@@ -227,7 +232,7 @@ def _stand_ins(seen: Recorded, folder: Path) -> dict[str, Callable[..., Any]]:
         seen.captions = options
         return real["cache_captions"](*values, **options)
 
-    stand_ins = (run_loop, draw_comparison, hash_model, cache_latents, cache_captions)
+    stand_ins = (run_loop, draw_comparison, resolve_sources, hash_model, cache_latents, cache_captions)
     real = {function.__name__: getattr(training, function.__name__) for function in stand_ins}
     return {function.__name__: function for function in stand_ins}
 
