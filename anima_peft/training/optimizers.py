@@ -138,9 +138,9 @@ def takes_one_rate(cls: type, arguments: Mapping[str, object]) -> bool:
     return "d_coef" in keywords(cls)[0] or sets_own_rate(cls, arguments)
 
 
-def needs_cuda(name: str) -> bool:
-    """Whether its kernels are for graphics cards only."""
-    return class_path(name).startswith("bitsandbytes.")
+def needs_card(name: str) -> bool:
+    """Whether it pages its state between a graphics card and the host, and without a card would not do what it says."""
+    return class_path(name).startswith("bitsandbytes.optim.Paged")
 
 
 def build_optimizer(

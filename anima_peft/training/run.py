@@ -35,7 +35,7 @@ from .engine import engine
 from .loop import run_loop
 from .metadata import RunFacts, training_metadata
 from .network import add_network, hash_merged, merge_base_weights, require_weights
-from .optimizers import needs_cuda
+from .optimizers import needs_card
 from .outputs import Outputs, require_free, resolve_folder
 from .prepare import noise_sampler, prepare_model, prepare_parts, sigma_sampler
 from .saving import Saver
@@ -187,8 +187,8 @@ def _require_device(options: TrainOptions, device: torch.device, dtype: torch.dt
     """
     require_attention(options.loop.attn_mode, device, dtype)
     name = options.optimizer.optimizer_type
-    if needs_cuda(name) and device.type != "cuda":
-        raise InputError(f'optimizer_type: {name} needs a CUDA device, and none is in use; "AdamW" runs everywhere.')
+    if needs_card(name) and device.type == "cpu":
+        raise InputError(f'optimizer_type: {name} needs a graphics card, and none is in use; "AdamW" runs everywhere.')
 
 
 def _cached_dataset(

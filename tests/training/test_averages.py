@@ -21,9 +21,10 @@ KINDS = {
     "Prodigy": ["--optimizer_type", "Prodigy", "--learning_rate", "1"],
     "Adafactor": ["--optimizer_type", "Adafactor"],
     "Lion": ["--optimizer_type", "Lion", "--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
+    "AdamW8bit": ["--optimizer_type", "AdamW8bit", "--optimizer_args", "min_8bit_size=16"],
     "CAME": ["--optimizer_type", "CAME", "--network_args", "loraplus_lr_ratio=4", "network_reg_lrs=.*mlp.*=1e-3"],
 }
-LIBRARIES = {"Prodigy": "prodigyopt", "Lion": "lion_pytorch", "CAME": "came_pytorch"}
+LIBRARIES = {"Prodigy": "prodigyopt", "Lion": "lion_pytorch", "CAME": "came_pytorch", "AdamW8bit": "bitsandbytes"}
 
 
 def tensors_equal(one: Path, other: Path) -> bool:
@@ -60,6 +61,20 @@ def test_files_hold_the_average_and_states_what_steps_are_taken_at(
     if kind == "ema":
         plain = train(configure("--max_train_steps", "4", output_dir=tmp_path / "plain"))
         assert tensors_equal(plain.adapter, state / "adapter.safetensors"), "an average changed the training"
+
+
+def test_the_average_is_that_of_every_steps_weights(configure: Configure, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "4", "--save_every_n_steps", "1", "--save_state", *KINDS["ema"]]
+    train(configure(*flags, output_dir=tmp_path))
+    steps = [load_file(tmp_path / f"test-step{step:08d}-state" / "adapter.safetensors") for step in range(1, 5)]
+    files = [load_file(tmp_path / f"test-step{step:08d}.safetensors") for step in range(1, 5)]
+    for key in [key for key in files[0] if "lora_up" in key]:
+        average = steps[0][key].double()
+        for number, weights in enumerate(steps[1:], start=1):
+            decay = min(0.8, (1 + number) / (10 + number))
+            average = decay * average + (1 - decay) * weights[key].double()
+            torch.testing.assert_close(files[number][key].double(), average, atol=1e-7, rtol=1e-5)
+        assert average.norm() > 0
 
 
 def test_a_state_without_its_average_is_refused(configure: Configure, tmp_path: Path) -> None:
