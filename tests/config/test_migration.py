@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -309,6 +311,15 @@ def test_the_command_writes_what_the_trainer_takes(
             "training.epochs",
             "training.persistent_data_loader_workers",
         ]
+
+
+def test_the_tool_is_the_command(old_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "convert_anima_root_to_kohya.py"
+    monkeypatch.setattr(sys, "argv", [tool.name, "--input", str(old_file), "--output_dir", str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert leaving.value.code == DONE
+    assert (tmp_path / "new" / "train_args.toml").is_file()
 
 
 def test_names_and_the_default_folder(old_file: Path) -> None:
