@@ -402,6 +402,15 @@ def test_a_single_file_is_the_same_as_its_conversion(text: str, old_file: Path, 
     assert load(["--config_file", str(old_file), "--seed", "9"]).train.loop.seed == 9
 
 
+def test_flags_give_an_effect_to_what_had_none(old_file: Path) -> None:
+    """The file's warmup does nothing at a constant rate, which the command line changes."""
+    words = ["--config_file", str(old_file)]
+    assert load(words).values["lr_warmup_steps"] == 0
+    changed = load([*words, "--lr_scheduler", "cosine"])
+    assert changed.values["lr_warmup_steps"] == 0.05
+    assert not any("lr_warmup_ratio" in warning for warning in changed.warnings)
+
+
 def test_its_pictures_yield_to_another_dataset_config(old_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     other.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "elsewhere"\n')
