@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run could not go on, 2 a fault in what was given; 130 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -67,6 +68,8 @@ def train_from(argv: Sequence[str], prog: str) -> None:
     if config.print_config:
         for warning in config.warnings:
             logger.warning(warning)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as TOML is; a redirection on Windows would not be
         print(config.resolved, end="")
         return
     from .training.run import train

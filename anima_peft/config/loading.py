@@ -8,6 +8,7 @@ import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .._version import __version__
@@ -121,7 +122,8 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     config_file = _path(flags.get("config_file"))
     file: ConfigFile | None = ConfigFile()
     if config_file is not None:
-        file = read_config_file(config_file, "dataset_config" in flags, take_out_what_has_no_effect, faults)
+        without_effect = partial(take_out_what_has_no_effect, flags=flags)
+        file = read_config_file(config_file, "dataset_config" in flags, without_effect, faults)
     train_args = {} if file is None else _TRAIN_ARGS.read(file.train_args, faults)
     found = {**train_args, **flags}
     _merge(found, _arguments(found, faults), faults)
@@ -159,10 +161,15 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     )
 
 
-def take_out_what_has_no_effect(migration: Migration) -> None:
-    """Move what the older trainer took and did not heed from the train args to the list of what is left out."""
+def take_out_what_has_no_effect(migration: Migration, flags: Mapping[str, Found] | None = None) -> None:
+    """Move what the older trainer took and did not heed from the train args to the list of what is left out.
+
+    Args:
+        migration: changed in place.
+        flags: what is given on the command line beside the file.
+    """
     faults = Faults()  # are reported when the values are read for good
-    found = _TRAIN_ARGS.read((given_of(moved) for moved in migration.train_args), faults)
+    found = {**_TRAIN_ARGS.read((given_of(moved) for moved in migration.train_args), faults), **(flags or {})}
     found.update(_arguments(found, faults))
     for option in OPTIONS.values():
         given = found.get(option.name)

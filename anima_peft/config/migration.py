@@ -195,23 +195,28 @@ def migrate(
     return result
 
 
+def _renamed(old: OldFile, table: str) -> Iterator[Moved]:
+    """What of a table only changes its name."""
+    for key, name in _TRAIN_ARGS.items():
+        if key[0] == table:
+            yield from _moved(old, key, name)
+
+
 def _train_args(old: OldFile, result: Migration, save_every_unit: SaveUnit | None) -> None:
-    entries = {key: list(_moved(old, key, name)) for key, name in _TRAIN_ARGS.items() if key[0] != "dataset"}
-    simple = {table: [m for key, moved in entries.items() if key[0] == table for m in moved] for table, _ in entries}
     result.train_args += [
-        *simple["model"],
+        *_renamed(old, "model"),
         *_tokenizer(old),
         *_network(old, result),
-        *simple["lora"],
+        *_renamed(old, "lora"),
         *_network_args(old),
         *_optimizer(old),
         *_length(old),
         *_schedule(old),
         *_cycles(old),
-        *simple["training"],
-        *_moved(old, ("dataset", "cache_latents"), "cache_latents"),
+        *_renamed(old, "training"),
+        *_renamed(old, "dataset"),
         *_output_name(old),
-        *simple["output"],
+        *_renamed(old, "output"),
         *_save_every(old, result, save_every_unit),
     ]
 

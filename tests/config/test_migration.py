@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -311,6 +313,15 @@ def test_the_command_writes_what_the_trainer_takes(
         ]
 
 
+def test_the_tool_is_the_command(old_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "convert_anima_root_to_kohya.py"
+    monkeypatch.setattr(sys, "argv", [tool.name, "--input", str(old_file), "--output_dir", str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert leaving.value.code == DONE
+    assert (tmp_path / "new" / "train_args.toml").is_file()
+
+
 def test_names_and_the_default_folder(old_file: Path) -> None:
     assert run("--input", old_file, "--train_args_name", "a.toml", "--dataset_name", "b.toml") == DONE
     assert sorted(path.name for path in (old_file.parent / "kohya_converted").iterdir()) == ["a.toml", "b.toml"]
@@ -368,10 +379,10 @@ def test_what_the_trainer_does_not_take_is_said(
     document["lora"]["lora_rank"] = 0
     document["training"].pop("learning_rate")
     old_file.write_text(toml.dumps(document).replace("C:\\p", "C:/p"), encoding="utf-8")
-    assert run("--input", old_file, "--output_dir", tmp_path / "new") == FAULTY_INPUT
+    assert run("--input", old_file, "--output_dir", tmp_path / "new") == DONE
     out, err = capsys.readouterr()
     assert "dataset.toml" in out
-    assert "the two files are written" in err
+    assert err.startswith("to mend before training, in the new files: The configuration has 2 faults")
     assert "network_dim: expected an integer of at least 1, got 0" in err
     assert "learning_rate: required" in err
 
@@ -389,6 +400,15 @@ def test_a_single_file_is_the_same_as_its_conversion(text: str, old_file: Path, 
     assert any(warning.startswith(("wandb.enabled", "training.epochs")) for warning in single.warnings)
     assert sorted(tmp_path.rglob("*")) == files
     assert load(["--config_file", str(old_file), "--seed", "9"]).train.loop.seed == 9
+
+
+def test_flags_give_an_effect_to_what_had_none(old_file: Path) -> None:
+    """The file's warmup does nothing at a constant rate, which the command line changes."""
+    words = ["--config_file", str(old_file)]
+    assert load(words).values["lr_warmup_steps"] == 0
+    changed = load([*words, "--lr_scheduler", "cosine"])
+    assert changed.values["lr_warmup_steps"] == 0.05
+    assert not any("lr_warmup_ratio" in warning for warning in changed.warnings)
 
 
 def test_its_pictures_yield_to_another_dataset_config(old_file: Path, tmp_path: Path) -> None:
