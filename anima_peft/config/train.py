@@ -48,6 +48,7 @@ class LoopOptions:
     )
     xformers: bool = option(
         False,
+        aliases=("xfomers",),
         only_with=(Needs("attn_mode", values=(None, "xformers")),),
         help="Use xformers' attention in the transformer; where it cannot be had, PyTorch's own, with a warning.",
     )

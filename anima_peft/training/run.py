@@ -131,8 +131,8 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         if resume:
             load_state(accelerator, resume)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
-        metadata = partial(training_metadata, options, pictures, facts)
-        saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata)
+        metadata = partial(training_metadata, options, pictures, facts, config.summary)
+        saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
         log_folder = _start_tracking(accelerator, options, log_root, now)
         run_loop(
             accelerator,
@@ -253,6 +253,7 @@ def _saver(
     progress: Progress,
     average: AdapterAverage,
     metadata: partial[dict[str, str]],
+    resolved: str,
 ) -> Saver:
     save = options.save
     return Saver(
@@ -262,6 +263,7 @@ def _saver(
         progress,
         average,
         metadata,
+        resolved,
         format=save.save_format,  # type: ignore[arg-type]  # one of its choices
         dtype=DTYPES[save.save_precision],
         every_steps=save.save_every_n_steps,

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..adapters.writing import Format
+from ..files import write_atomically
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
 from .metadata import MetadataWriter
@@ -24,6 +25,7 @@ class Saver:
         progress: where the run stands; remembers what was saved.
         average: what the adapter's files hold; states hold what steps are taken at.
         metadata: text of each file.
+        resolved: the configuration, written beside the first file.
         format, dtype: of the files.
         every_steps, every_epochs: None for never.
         keep_steps, keep_epochs: None for all.
@@ -38,6 +40,7 @@ class Saver:
         progress: Progress,
         average: AdapterAverage,
         metadata: MetadataWriter,
+        resolved: str,
         *,
         format: Format,
         dtype: torch.dtype,
@@ -50,6 +53,7 @@ class Saver:
     ):
         self._accelerator, self._model, self._outputs, self._progress = accelerator, model, outputs, progress
         self._average, self._metadata, self._format, self._dtype = average, metadata, format, dtype
+        self._resolved: str | None = resolved
         self._every_steps, self._every_epochs = every_steps, every_epochs
         self._keep_steps, self._keep_epochs = keep_steps, keep_epochs
         self._with_state, self._state_at_end = with_state, with_state or state_at_end
@@ -84,9 +88,16 @@ class Saver:
 
     def _write(self, path: Path, *, state: bool) -> None:
         if self._accelerator.is_main_process:
+            self._write_config()
             with self._average.in_place():
                 self._model.save_lora_adapter(
                     path, ADAPTER_NAME, self._format, metadata=self._metadata(self._progress), dtype=self._dtype
                 )
         if state:
             save_state(self._accelerator, state_folder(path))
+
+    def _write_config(self) -> None:
+        """Once, and not before there is an adapter: a run that fails in its first steps leaves nothing to overwrite."""
+        if self._resolved is not None:
+            text, self._resolved = self._resolved, None
+            write_atomically(self._outputs.config, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))

@@ -350,6 +350,7 @@ def test_alpha_zero_stands_for_the_dim(load_with) -> None:
         ("qwen3_max_token_length", "anima_seq_len", 128, 128),
         ("t5_max_token_length", "anima_seq_len", 128, 128),
         ("anima_timestep_sampling", "timestep_sampling", "uniform", "uniform"),
+        ("anima_timestep_sampling", "timestep_sampling", "logit_normal", "sigmoid"),
         ("anima_sigmoid_scale", "sigmoid_scale", 2, 2.0),
         ("anima_flow_shift", "discrete_flow_shift", 1, 1.0),
         ("anima_noise_offset", "noise_offset", 0.1, 0.1),
