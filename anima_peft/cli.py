@@ -1,6 +1,6 @@
 """The `anima-peft` command.
 
-Exit codes: 0 done, 1 the run could not go on, 2 a fault in what was given; 130 interrupted.
+Exit codes: 0 done, 1 the run could not go on, 2 a fault in what was given; 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import InputError, TrainingError
+from .errors import InputError, Interrupted, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ def report_faults(action: Callable[[], None]) -> int:
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder gone; its text names the file
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        return end.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -48,8 +48,6 @@ _TRAIN_GROUPS = (
     ("sample_every_n_steps sample_every_n_epochs sample_at_first sample_prompts sample_sampler", _PREVIEWS),
     ("validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps", _REMOVE),
     ("save_n_epoch_ratio", "use save_every_n_epochs"),
-    ("save_last_n_epochs_state", "use save_last_n_epochs"),
-    ("save_last_n_steps_state", "use save_last_n_steps"),
     ("save_model_as use_safetensors", "remove it; files are always safetensors, and save_format names the layout"),
     ("huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token", _HUB),
     ("huggingface_repo_visibility save_state_to_huggingface async_upload", _HUB),

@@ -113,4 +113,9 @@ def files_to_drop(saved: list[tuple[int, str]], now: int, keep_last: int | None)
 def remove(path: Path) -> None:
     """Delete a saved adapter and the state beside it, if they are still there."""
     path.unlink(missing_ok=True)
+    remove_state(path)
+
+
+def remove_state(path: Path) -> None:
+    """Delete the state beside a saved adapter, if it is still there."""
     shutil.rmtree(state_folder(path), ignore_errors=True)

@@ -103,6 +103,9 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "save_every_n_steps": (100, ["100"], 100),
     "save_last_n_epochs": (3, ["3"], 3),
     "save_last_n_steps": (300, ["300"], 300),
+    "save_last_n_epochs_state": (3, ["3"], 3),
+    "save_last_n_steps_state": (300, ["300"], 300),
+    "skip_nonfinite_steps": (3, ["3"], 3),
     "save_precision": ("float", ["bf16"], None),
     "save_format": ("comfy", ["diffusers"], None),
     "save_state": (True, [], True),
@@ -166,6 +169,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "persistent_data_loader_workers": {"max_data_loader_n_workers": 1},
     "save_last_n_epochs": {"save_every_n_epochs": 1},
     "save_last_n_steps": {"save_every_n_steps": 100},
+    "save_last_n_epochs_state": {"save_every_n_epochs": 1, "save_state": True},
+    "save_last_n_steps_state": {"save_every_n_steps": 100, "save_state": True},
 }
 KEPT = {
     "save_precision": {"float": "fp32", "bf16": "bf16"},

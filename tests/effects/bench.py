@@ -27,6 +27,7 @@ from anima_peft.generation import Request
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.models.sources import ModelSources
 from anima_peft.training import run as training
+from anima_peft.training import watch
 from anima_peft.transformer import AnimaTransformerModel
 
 DIFFERS = object()
@@ -113,7 +114,8 @@ class Built:
         seen = Recorded()
         with ExitStack() as stack:
             for name, stand_in in _stand_ins(seen, self.folder).items():
-                stack.enter_context(mock.patch.object(training, name, stand_in))
+                room = watch if name == "run_loop" else training
+                stack.enter_context(mock.patch.object(room, name, stand_in))
             handler = _Listener(seen.warnings)
             logger = logging.getLogger("anima_peft")
             logger.addHandler(handler)
@@ -233,7 +235,7 @@ def _stand_ins(seen: Recorded, folder: Path) -> dict[str, Callable[..., Any]]:
         return real["cache_captions"](*values, **options)
 
     stand_ins = (run_loop, draw_comparison, resolve_sources, hash_model, cache_latents, cache_captions)
-    real = {function.__name__: getattr(training, function.__name__) for function in stand_ins}
+    real = {function.__name__: getattr(training, function.__name__, None) for function in stand_ins}
     return {function.__name__: function for function in stand_ins}
 
 

@@ -42,6 +42,9 @@ EFFECTS = {
     ),
     "seed": Effect(("--seed", "7"), lambda built: torch.stack([sample["noise"].mean() for sample in built.samples()])),
     "max_grad_norm": Effect(("--max_grad_norm", "0.5"), lambda built: built.seen.loop["max_grad_norm"], 1.0, 0.5),
+    "skip_nonfinite_steps": Effect(
+        ("--skip_nonfinite_steps", "3"), lambda built: built.seen.loop["health"].skip_limit, 0, 3
+    ),
     "max_data_loader_n_workers": Effect(
         ("--max_data_loader_n_workers", "1"), lambda built: built.seen.parts.loader.num_workers, 0, 1
     ),

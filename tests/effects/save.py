@@ -18,6 +18,10 @@ def said(key: str, option: str) -> Effect:
     return Effect((f"--{option}", "some text"), lambda built: built.metadata.get(key), None, "some text")
 
 
+def states(built: Built) -> list[str]:
+    return [name for name in built.files if name.endswith("-state")]
+
+
 EFFECTS = {
     "output_dir": Effect(
         ("--output_dir", "{folder}/elsewhere"), lambda built: built.result.adapter.parent.name, "out", "elsewhere"
@@ -44,6 +48,20 @@ EFFECTS = {
         [f"test-step0000000{n}.safetensors" for n in (3, 4)],
         ("--save_every_n_steps", "1"),
     ),
+    "save_last_n_epochs_state": Effect(
+        ("--save_last_n_epochs_state", "1"),
+        states,
+        [*(f"test-00000{n}-state" for n in (1, 2, 3)), "test-state"],
+        [*(f"test-00000{n}-state" for n in (2, 3)), "test-state"],
+        (*LONG, "--save_every_n_epochs", "1", "--save_state"),
+    ),
+    "save_last_n_steps_state": Effect(
+        ("--save_last_n_steps_state", "1"),
+        states,
+        ["test-state", *(f"test-step0000000{n}-state" for n in (1, 2, 3, 4))],
+        ["test-state", *(f"test-step0000000{n}-state" for n in (3, 4))],
+        ("--save_every_n_steps", "1", "--save_state"),
+    ),
     "save_precision": Effect(
         ("--save_precision", "bf16"),
         lambda built: {tensor.dtype for key, tensor in built.tensors.items() if key.endswith("weight")},
@@ -58,14 +76,14 @@ EFFECTS = {
     ),
     "save_state": Effect(
         ("--save_state",),
-        lambda built: [name for name in built.files if name.endswith("-state")],
+        states,
         [],
         ["test-000001-state", "test-state"],
         ("--save_every_n_epochs", "1"),
     ),
     "save_state_on_train_end": Effect(
         ("--save_state_on_train_end",),
-        lambda built: [name for name in built.files if name.endswith("-state")],
+        states,
         [],
         ["test-state"],
         ("--save_every_n_epochs", "1"),
