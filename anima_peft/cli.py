@@ -1,17 +1,20 @@
 """The `anima-peft` command.
 
-Exit codes: 0 done, 1 the run could not go on, 2 a fault in what was given; 130 interrupted.
+Exit codes: 0 done, 1 the run could not go on, 2 a fault in what was given; 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import InputError, TrainingError
+from .errors import InputError, Interrupted, TrainingError
+
+logger = logging.getLogger(__name__)
 
 DONE, FAILED, FAULTY_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -52,6 +55,9 @@ def report_faults(action: Callable[[], None]) -> int:
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder gone; its text names the file
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        return end.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -59,7 +65,9 @@ def report_faults(action: Callable[[], None]) -> int:
 
 
 def train_from(argv: Sequence[str], prog: str) -> None:
-    """Parse, train, and say what was written. The launchers and `anima-peft train` are this call.
+    """Parse, train, and say what was written; with `--print_config`, only show what was parsed.
+
+    The launchers and `anima-peft train` are this call.
 
     Raises:
         InputError: a fault in the configuration, the model, the pictures or the captions.
@@ -68,6 +76,13 @@ def train_from(argv: Sequence[str], prog: str) -> None:
     from .config import load
 
     config = load(argv, prog=prog)
+    if config.print_config:
+        for warning in config.warnings:
+            logger.warning(warning)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as TOML is; a redirection on Windows would not be
+        print(config.resolved, end="")
+        return
     from .training.run import train
 
     result = train(config)

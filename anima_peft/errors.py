@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""What ends a command with one clear message and without a traceback."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ class InputError(ValueError):
     def from_faults(cls, heading: str, faults: Iterable[str]) -> InputError:
         """One error that lists every fault, so that a user mends all of them in one go."""
         return cls("\n".join([heading, *(f"  - {fault}" for fault in faults)]))
+
+
+class Interrupted(Exception):
+    """A run that was asked to end before its time, and has saved what it had.
+
+    Attributes:
+        exit_code: 128 and the signal's number, as shells have it; 0 where no signal asked.
+    """
+
+    def __init__(self, text: str, signal_number: int = 0):
+        super().__init__(text)
+        self.exit_code = 128 + signal_number if signal_number else 0
 
 
 class TrainingError(RuntimeError):

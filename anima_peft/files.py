@@ -37,8 +37,18 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` has left in a folder when its process was killed.
+
+    Only where no other process writes into the folder.
+    """
+    for leftover in folder.glob(".*-*.tmp*"):
+        leftover.unlink(missing_ok=True)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -49,6 +59,31 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     """
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=dict(metadata)))
+
+
+def flush_tree(folder: Path) -> None:
+    """Bring every file below `folder`, and the folders themselves, to the disk.
+
+    Raises:
+        OSError: a file cannot be flushed; a disk that is full may say so only now.
+    """
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            _flush_folder(path)
+        else:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk. Windows has no such call, and does it by itself."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def require_writable(option: str, folder: Path) -> None:

@@ -65,7 +65,7 @@ def parts_of(components: Components, table: ModuleTable, adapter_name: str) -> I
     for component, model in components.items():
         for path, layer in adapter_layers_of(model, adapter_name):
             module = table.by_diffusers[f"{component}.{path}"]
-            for part in layer.adapter_layer_names:
+            for part in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists DoRA's magnitudes twice
                 by_adapter = getattr(layer, part)
                 if adapter_name in by_adapter:
                     held = by_adapter[adapter_name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError
@@ -84,7 +84,7 @@ def check_warmup(steps: float) -> None:
 def check_cached(cached: bool) -> None:
     """Raises InputError where caches are wanted in memory only."""
     if not cached:
-        raise InputError("false is not supported in this version: what is cached is always on disk")
+        raise InputError("false is not supported in this version: what is cached is always on disk; remove it")
 
 
 def check_effects(options: Iterable[Option], found: Mapping[str, Found], faults: Faults) -> None:
@@ -115,19 +115,26 @@ def value_of(option: Option, found: Mapping[str, Found]) -> Any:
     return found[option.name].value if option.name in found else option.default
 
 
-def check_required(options: Iterable[Option], found: Mapping[str, Found], faults: Faults, prefix: str = "") -> None:
-    """Report every required option that was not given; `prefix` is the dotted path of the table it belongs into."""
+def check_required(
+    options: Iterable[Option], found: Container[str], faults: Faults, place: Callable[[str], str] = str
+) -> None:
+    """Report every required option that was not given; `place` makes its dotted path of its name."""
     for option in options:
         if option.required and option.name not in found:
-            faults.add(prefix + option.name, f"required, but not given. {option.rules.help}")
+            faults.add(place(option.name), f"required, but not given. {option.rules.help}")
 
 
 def check_network(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:
-    """Report LoKr's sentinel on a LoRA: as a rank it would ask for hundreds of gigabytes."""
-    dim = value_of(options["network_dim"], found)
-    if value_of(options["network_module"], found) == "networks.lora_anima" and isinstance(dim, int) and dim >= 100_000:
+    """Report LoKr's sentinel where it means nothing: on a LoRA it would ask for hundreds of gigabytes as a rank."""
+    dim, module = value_of(options["network_dim"], found), value_of(options["network_module"], found)
+    if not isinstance(dim, int) or dim < 100_000:
+        return
+    if module == "networks.lora_anima":
         path = found["network_dim"].path
         faults.add(path, f"{dim} stands for full matrices in LoKr; a LoRA's rank is usually 4 to 128")
+    elif value_of(options["lokr_decompose_both"], found) is True:
+        path = found["lokr_decompose_both"].path
+        faults.add(path, f"has no effect with network_dim = {dim}, which makes both factors full; remove it")
 
 
 def check_model_parts(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:

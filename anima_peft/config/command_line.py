@@ -30,6 +30,9 @@ class FileOptions:
 
     config_file: str | None = option(None, is_path=True, help="Train args TOML; flags given beside it win.")
     dataset_config: str = option(is_path=True, help="Dataset TOML.")
+    print_config: bool = option(
+        False, help="Print every option with its value and where that comes from, as TOML, and do nothing else."
+    )
 
 
 class _Collect(argparse.Action):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .captions import CAPTION_OPTIONS, CaptionKeys, unheeded
 from .checks import missing_effect, value_of
 from .options import Needs, Option, option, options_of
 from .reading import FAULTY, Faults, as_number, nearest, shown
+from .resolved import Line
 from .schema import Found, Given, Schema
 
 LONGEST_SIDE = 65536  # pixels; beyond any picture, so a slip of the keyboard
@@ -106,7 +108,7 @@ class DatasetKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchKeys:
-    """The dataset key that the train args call train_batch_size."""
+    """Pictures: the batch size, which the train args call train_batch_size."""
 
     batch_size: int = option(DatasetSpec.batch_size, minimum=1, help="Pictures per device and step.")
 
@@ -149,7 +151,7 @@ class SubsetKeys(CaptionKeys):
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceKeys:
-    """What only a subset has."""
+    """Pictures: where they are, in [[datasets.subsets]]."""
 
     image_dir: str | None = option(
         None, is_path=True, help="Folder of the pictures; with metadata_file, where its relative paths start."
@@ -190,16 +192,61 @@ _SUBSET = Schema(
 Levels = ChainMap[str, Found]  # what holds for a dataset or subset: its own keys first, the train args last
 
 
+@dataclass(frozen=True)
+class Datasets:
+    """What a dataset TOML says.
+
+    Attributes:
+        specs: the datasets.
+        warnings: what is allowed and probably not meant.
+        levels: of each dataset its own keys and those of its subsets.
+    """
+
+    specs: tuple[DatasetSpec, ...] = ()
+    warnings: tuple[str, ...] = ()
+    levels: tuple[tuple[Levels, tuple[Levels, ...]], ...] = ()
+
+    def lines(self) -> Iterator[tuple[list[Line], list[list[Line]]]]:
+        """Each dataset's options and those of its subsets, with values and origins."""
+        for levels, subsets in self.levels:
+            own = _lines(_DATASET_OPTIONS, levels)
+            yield own, [_lines((*_PLACE_OPTIONS, *_SUBSET_OPTIONS), subset) for subset in subsets]
+
+
+def _lines(options: tuple[Option, ...], levels: Levels) -> list[Line]:
+    fallback = levels.maps[-1]
+    lines = []
+    for declared in options:
+        given, origin = levels.get(declared.name), "default"
+        if given is not None:
+            file = "train args" if fallback.get(declared.name) is given else "dataset TOML"
+            origin = origin_of(declared.name, given, file)
+        lines.append((declared, value_of(declared, levels), origin))
+    return lines
+
+
+def origin_of(name: str, given: Found, file: str) -> str:
+    """Where the value of the option of this name was given, for people."""
+    source = "command line" if given.path.startswith("--") else file
+    return source if given.path.removeprefix("--") == name else f"{source}: {given.path}"
+
+
 def read_datasets(
-    document: Mapping[str, object], fallback: Mapping[str, Found], faults: Faults
-) -> tuple[tuple[DatasetSpec, ...], tuple[str, ...]]:
-    """The datasets of a dataset TOML, and warnings.
+    document: Mapping[str, object],
+    fallback: Mapping[str, Found],
+    faults: Faults,
+    renamed: Mapping[str, str] | None = None,
+) -> Datasets:
+    """The datasets of a dataset TOML.
 
     Args:
         document: the parsed TOML.
         fallback: dataset keys from the train args and the command line, for what the TOML leaves open.
         faults: takes every fault found; where it got any, the specs returned are not to be used.
+        renamed: where values stand in the user's file if the document was made from another layout.
     """
+    renamed = renamed or {}
+    read = partial(_read_table, renamed=renamed, faults=faults)
     for key in (key for key in document if key not in ("general", "datasets")):
         belongs = "; it belongs into [general] or [[datasets]]"
         hint = belongs if key in _GENERAL.by_name else nearest(key, ("general", "datasets"))
@@ -208,21 +255,23 @@ def read_datasets(
     if not isinstance(general_table, dict):
         faults.add("general", f"expected a table, written [general], got {shown(general_table)}")
         general_table = {}
-    base: Levels = ChainMap(_read_table(_GENERAL, general_table, "general", faults), dict(fallback))
+    base: Levels = ChainMap(read(_GENERAL, general_table, "general"), dict(fallback))
 
     datasets: list[Levels] = []
     subsets: list[Levels] = []
+    read_levels = []
     specs = []
     for path, table in _tables(document, "datasets", "datasets", faults):
-        levels = base.new_child(_read_table(_DATASET, table, path, faults))
+        levels = base.new_child(read(_DATASET, table, path))
         below = [
-            levels.new_child(_read_table(_SUBSET, subset, subset_path, faults))
+            levels.new_child(read(_SUBSET, subset, subset_path))
             for subset_path, subset in _tables(table, "subsets", f"{path}.subsets", faults)
         ]
-        _check_places(below, path, faults)
+        _check_places(below, path, renamed, faults)
         _check_geometry(levels, path, faults)
         datasets.append(levels)
         subsets.extend(below)
+        read_levels.append((levels, tuple(below)))
         if not faults.texts:
             specs.append(_dataset_spec(levels, below))
     warnings = [
@@ -230,7 +279,12 @@ def read_datasets(
         *_squeeze_warnings(datasets),
         *_check_fallback(fallback, datasets, subsets, faults),
     ]
-    return tuple(specs), tuple(warnings)
+    return Datasets(tuple(specs), tuple(warnings), tuple(read_levels))
+
+
+def _place(name: str, table: str, renamed: Mapping[str, str]) -> str:
+    """Where a key stands in the user's file."""
+    return renamed.get(f"{table}.{name}", f"{table}.{name}")
 
 
 def _tables(
@@ -247,11 +301,12 @@ def _tables(
         yield f"{path}[{index}]", item
 
 
-def _read_table(schema: Schema, table: Mapping[str, object], path: str, faults: Faults) -> dict[str, Found]:
+def _read_table(
+    schema: Schema, table: Mapping[str, object], path: str, renamed: Mapping[str, str], faults: Faults
+) -> dict[str, Found]:
     own_arrays = {"subsets"} if schema is _DATASET else set()
-    return schema.read(
-        (Given(key, f"{path}.{key}", raw) for key, raw in table.items() if key not in own_arrays), faults
-    )
+    givens = (Given(key, _place(key, path, renamed), raw) for key, raw in table.items() if key not in own_arrays)
+    return schema.read(givens, faults)
 
 
 def _values(options: tuple[Option, ...], levels: Levels) -> dict[str, Any]:
@@ -269,26 +324,26 @@ def _subset_spec(levels: Levels) -> SubsetSpec:
     return SubsetSpec(**{**values, **paths}, captions=captions)
 
 
-def _check_places(subsets: list[Levels], path: str, faults: Faults) -> None:
+def _check_places(subsets: list[Levels], path: str, renamed: Mapping[str, str], faults: Faults) -> None:
     """Report subsets without pictures, and those of a dataset that name the same pictures."""
     seen: dict[tuple[object, object], int] = {}
     for index, levels in enumerate(subsets):
-        place = tuple(value_of(_ALL_OPTIONS[name], levels) for name in ("image_dir", "metadata_file"))
-        if FAULTY in place:
+        pictures = tuple(value_of(_ALL_OPTIONS[name], levels) for name in ("image_dir", "metadata_file"))
+        if FAULTY in pictures:
             continue
-        if place == (None, None):
+        if pictures == (None, None):
             faults.add(
-                f"{path}.subsets[{index}].image_dir",
+                _place("image_dir", f"{path}.subsets[{index}]", renamed),
                 f"required, but not given. {_ALL_OPTIONS['image_dir'].rules.help}",
             )
-        elif place in seen:
+        elif pictures in seen:
             faults.add(
                 f"{path}.subsets[{index}]",
-                f"names the same pictures as {path}.subsets[{seen[place]}]; sd-scripts ignores the second. Raise "
+                f"names the same pictures as {path}.subsets[{seen[pictures]}]; sd-scripts ignores the second. Raise "
                 "num_repeats of one, or put the other into a [[datasets]] of its own",
             )
         else:
-            seen[place] = index
+            seen[pictures] = index
 
 
 def _check_geometry(levels: Levels, path: str, faults: Faults) -> None:

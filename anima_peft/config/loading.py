@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from .._version import __version__
 from ..data.specs import DatasetSpec
 from ..errors import InputError
 from . import checks, foreign
 from .command_line import FileOptions, help_text, make_parser, read_flags
-from .dataset import BatchKeys, DatasetKeys, SubsetKeys, read_datasets
+from .config_files import MIGRATION, ConfigFile, given_of, read_config_file
+from .dataset import BatchKeys, DatasetKeys, Datasets, SubsetKeys, origin_of, read_datasets
 from .files import read_toml
+from .migration import Migration
 from .network import ARGUMENT_LISTS
 from .options import Kind, Option, Rules, options_of
 from .picture_loss import check_picture_loss
 from .reading import FAULTY, Faults, shown
+from .resolved import Line, compact, resolved_text
 from .schema import Found, Given, Schema
 from .train import DEFAULT_TRAIN_STEPS, TrainOptions
 from .training_checks import check_training
-
-MIGRATION = "python tools/convert_anima_root_to_kohya.py --input old_root.toml --output_dir converted"
 
 GROUPS: Mapping[str, type] = typing.get_type_hints(TrainOptions)
 OPTIONS = {option.name: option for group in GROUPS.values() for option in options_of(group)}
@@ -41,11 +45,12 @@ _INSIDE = {
 }
 _FLAGS = Schema((*options_of(FileOptions), *_FLAT, *_DATASET_FALLBACKS), foreign.TRAIN_OPTIONS, _INSIDE)
 _TRAIN_ARGS = Schema(
-    (option for option in _FLAGS.options.values() if option.name != "config_file"),
+    (option for option in _FLAGS.options.values() if option.name not in ("config_file", "print_config")),
     foreign.TRAIN_OPTIONS,
     {
         **_INSIDE,
         "config_file": "belongs on the command line",
+        "print_config": "belongs on the command line",
         "batch_size": "belongs into the dataset TOML; here it is train_batch_size",
         **dict.fromkeys(
             ("image_dir", "metadata_file", "conditioning_data_dir", "is_reg"),
@@ -59,13 +64,6 @@ _ARGUMENTS = {
     )
     for name in _LISTS
 }
-# what only the older one-file layout has
-_ROOT_STYLE_KEYS = (
-    ("model", "transformer_path"),
-    ("lora", "lora_rank"),
-    ("lora", "network_type"),
-    ("dataset", "data_dir"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,9 @@ class RunConfig:
         config_file: the train args TOML, if one was given.
         dataset_config: the dataset TOML.
         values: every option of `train` by its flat name as a JSON-able value, for metadata and logs.
+        resolved: the whole configuration as TOML, with a comment on each line that says where the value comes from.
+        summary: what differs from the defaults, as JSON, without the folders of paths.
+        print_config: whether `resolved` is all that is wanted, and no run.
     """
 
     train: TrainOptions
@@ -87,6 +88,9 @@ class RunConfig:
     config_file: Path | None
     dataset_config: Path
     values: Mapping[str, object]
+    resolved: str
+    summary: str
+    print_config: bool
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -120,29 +124,65 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     faults = Faults()
     flags = _FLAGS.read(read_flags(build_parser(prog), argv, faults), faults)
     config_file = _path(flags.get("config_file"))
-    train_args = {} if config_file is None else _train_args(config_file, faults)
-    found = {**(train_args or {}), **flags}
+    file: ConfigFile | None = ConfigFile()
+    if config_file is not None:
+        without_effect = partial(take_out_what_has_no_effect, flags=flags)
+        file = read_config_file(config_file, "dataset_config" in flags, without_effect, faults)
+    train_args = {} if file is None else _TRAIN_ARGS.read(file.train_args, faults)
+    found = {**train_args, **flags}
     _merge(found, _arguments(found, faults), faults)
 
     dataset_config = _path(found.get("dataset_config"))
-    if train_args is not None:  # what an unreadable file would have given is not missing
-        checks.check_required((*options_of(FileOptions), *OPTIONS.values()), found, faults)
+    if file is not None:  # what an unreadable file would have given is not missing
+        files = [option for option in options_of(FileOptions) if file.pictures is None]
+        checks.check_required((*files, *OPTIONS.values()), found, faults)
         checks.check_model_parts(OPTIONS, found, faults)
         checks.check_network(OPTIONS, found, faults)
         checks.check_hub_places(OPTIONS, found, faults)
     checks.check_effects(OPTIONS.values(), found, faults)
     check_training(OPTIONS, found, faults)
 
-    datasets: tuple[DatasetSpec, ...] = ()
-    warnings: tuple[str, ...] = ()
+    datasets = Datasets()
     if dataset_config is not None:
-        datasets, warnings = _datasets(dataset_config, found, faults)
-        if datasets:
-            check_picture_loss(found, datasets, faults)
-    if faults.texts or dataset_config is None:
+        datasets = _datasets(dataset_config, found, faults)
+    elif file is not None and file.pictures is not None:
+        dataset_config = config_file
+        datasets = read_datasets(file.pictures, _dataset_fallback(found), faults, file.paths)
+    if datasets.specs:
+        check_picture_loss(found, datasets.specs, faults)
+    if faults.texts or file is None or dataset_config is None:
         raise _report(faults, config_file, dataset_config)
     train = _train_options(found)
-    return RunConfig(train, datasets, warnings, config_file, dataset_config, _flat_values(train))
+    lines = _train_lines(train, found)
+    return RunConfig(
+        train,
+        datasets.specs,
+        (*file.notes(), *datasets.warnings),
+        config_file,
+        dataset_config,
+        _flat_values(train),
+        resolved_text(_heading(config_file, dataset_config), lines, datasets.lines()),
+        _summary(lines, datasets),
+        "print_config" in flags and flags["print_config"].value is True,
+    )
+
+
+def take_out_what_has_no_effect(migration: Migration, flags: Mapping[str, Found] | None = None) -> None:
+    """Move what the older trainer took and did not heed from the train args to the list of what is left out.
+
+    Args:
+        migration: changed in place.
+        flags: what is given on the command line beside the file.
+    """
+    faults = Faults()  # are reported when the values are read for good
+    found = {**_TRAIN_ARGS.read((given_of(moved) for moved in migration.train_args), faults), **(flags or {})}
+    found.update(_arguments(found, faults))
+    for option in OPTIONS.values():
+        given = found.get(option.name)
+        if given is not None and given.value is not FAULTY and given.value != option.default:
+            reason = checks.missing_effect(option, OPTIONS, found)
+            if reason:
+                migration.leave_out(given.path, reason.partition(";")[0])
 
 
 def _flags_of(cls: type) -> list[Option]:
@@ -161,39 +201,6 @@ def _flags_of(cls: type) -> list[Option]:
 
 def _path(found: Found | None) -> Path | None:
     return Path(found.value) if found is not None and isinstance(found.value, str) else None
-
-
-def _document(path: Path, faults: Faults) -> dict[str, object] | None:
-    try:
-        return read_toml(path)
-    except InputError as fault:
-        faults.texts.append(str(fault))
-        return None
-
-
-def _train_args(path: Path, faults: Faults) -> dict[str, Found] | None:
-    """The options that a train args TOML sets; None where it is no such file, which is then reported."""
-    document = _document(path, faults)
-    if document is None:
-        return None
-    for section, key in _ROOT_STYLE_KEYS:
-        table = document.get(section)
-        if isinstance(table, dict) and key in table:
-            faults.add(f"{section}.{key}", f"belongs to the older one-file layout; convert it with: {MIGRATION}")
-            return None
-    if "datasets" in document:
-        faults.add("datasets", f"belongs into the dataset TOML; {path} was given as the train args")
-        return None
-    return _TRAIN_ARGS.read(_flattened(document), faults)
-
-
-def _flattened(document: Mapping[str, object]) -> Iterator[Given]:
-    """Top-level keys, and those of sections, whose names sd-scripts' users choose freely."""
-    for key, value in document.items():
-        if isinstance(value, dict):
-            yield from (Given(inner, f"{key}.{inner}", raw) for inner, raw in value.items())
-        else:
-            yield Given(key, key, value)
 
 
 def _arguments(found: Mapping[str, Found], faults: Faults) -> dict[str, Found]:
@@ -228,15 +235,15 @@ def _merge(found: dict[str, Found], arguments: Mapping[str, Found], faults: Faul
             )
 
 
-def _datasets(
-    path: Path, found: Mapping[str, Found], faults: Faults
-) -> tuple[tuple[DatasetSpec, ...], tuple[str, ...]]:
-    document = _document(path, faults)
-    if document is None:
-        return (), ()
+def _datasets(path: Path, found: Mapping[str, Found], faults: Faults) -> Datasets:
+    try:
+        document = read_toml(path)
+    except InputError as fault:
+        faults.texts.append(str(fault))
+        return Datasets()
     if "datasets" not in document and document.keys() & OPTIONS.keys():
         faults.add("datasets", f"missing, and {path}, which was given as the dataset TOML, holds train args")
-        return (), ()
+        return Datasets()
     return read_datasets(document, _dataset_fallback(found), faults)
 
 
@@ -264,6 +271,41 @@ def _flat_values(train: TrainOptions) -> Mapping[str, object]:
     groups: Iterable[dict[str, object]] = dataclasses.asdict(train).values()
     flat = {name: value for group in groups for name, value in group.items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def _train_lines(train: TrainOptions, found: Mapping[str, Found]) -> list[tuple[str, list[Line]]]:
+    return [
+        (
+            (cls.__doc__ or "").rstrip("."),
+            [(o, getattr(getattr(train, group), o.name), _origin(o, found)) for o in options_of(cls)],
+        )
+        for group, cls in GROUPS.items()
+    ]
+
+
+def _origin(option: Option, found: Mapping[str, Found]) -> str:
+    given = found.get(option.name)
+    if given is not None:
+        return origin_of(option.name, given, "train args")
+    return "default" if not checks.missing_effect(option, OPTIONS, found) else "default, without effect in this run"
+
+
+def _heading(config_file: Path | None, dataset_config: Path) -> list[str]:
+    return [
+        f"anima_peft {__version__}: every option of a run, and where its value comes from",
+        f"train args: {config_file or 'none'}",
+        f"dataset: {dataset_config}",
+    ]
+
+
+def _summary(lines: list[tuple[str, list[Line]]], datasets: Datasets) -> str:
+    given = {
+        **compact(line for _, group in lines for line in group),
+        "datasets": [
+            {**compact(own), "subsets": [compact(subset) for subset in subsets]} for own, subsets in datasets.lines()
+        ],
+    }
+    return json.dumps(given, ensure_ascii=False, separators=(",", ":"))
 
 
 def _report(faults: Faults, config_file: Path | None, dataset_config: Path | None) -> InputError:

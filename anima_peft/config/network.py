@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .arguments import read_by_pattern
 from .checks import check_factor, check_patterns, check_ranks, check_rates, check_targets
+from .foreign import OTHER_NETWORKS
 from .options import Needs, option
 
 # The list of `key=value` texts whose keys are the fields that say `inside`.
@@ -23,7 +24,7 @@ _OWN_DIMS = (Needs("dim_from_weights", values=(False,)),)
 class NetworkOptions:
     """Adapter to train."""
 
-    network_module: str = option(choices=(LORA, LOKR), help="Kind of adapter.")
+    network_module: str = option(choices=(LORA, LOKR), refused=OTHER_NETWORKS, help="Kind of adapter.")
     network_dim: int = option(
         4,
         minimum=1,
@@ -77,7 +78,10 @@ class NetworkOptions:
         False, inside="network_args", only_with=_LOKR, help="Both of LoKr's factors are full matrices."
     )
     lokr_decompose_both: bool = option(
-        False, inside="network_args", only_with=_LOKR, help="Low rank for LoKr's smaller factor too."
+        False,
+        inside="network_args",
+        only_with=(*_LOKR, Needs("lokr_full_matrix", unless=(True,))),
+        help="Low rank for LoKr's smaller factor too.",
     )
     rank_dropout: float = option(
         0.0,

@@ -26,6 +26,7 @@ class FlowOptions:
         "sigmoid",
         aliases=("anima_timestep_sampling",),
         choices=("sigmoid", "uniform", "shift", "flux_shift", "sigma"),
+        synonyms={"logit_normal": "sigmoid"},
         help="Density of the noise levels in training; sigmoid is logit-normal, and sigma follows weighting_scheme.",
     )
     sigmoid_scale: float = option(

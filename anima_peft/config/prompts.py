@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..data.buckets import SIDE_MULTIPLE
 from ..errors import InputError
@@ -115,3 +115,14 @@ def parse_prompt_line(text: str) -> PromptLine:
     if faults:
         raise InputError("; ".join(faults))
     return PromptLine(prompt.strip(), **values)  # type: ignore[arg-type]
+
+
+def prompt_text(line: PromptLine) -> str:
+    """The line that `parse_prompt_line` reads as `line`; flags at their defaults are left out."""
+    flags = {field_name: flag for flag, (field_name, _) in _FLAGS.items()}
+    words = [line.prompt]
+    for declared in fields(PromptLine):
+        value = getattr(line, declared.name)
+        if declared.name in flags and value != declared.default:
+            words.append(f"--{flags[declared.name]} {value}")
+    return " ".join(words).strip()

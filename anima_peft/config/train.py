@@ -47,8 +47,12 @@ class LoopOptions:
         maximum=MAX_SEED,
         help="Seed of all random choices. Fixed unless set; sd-scripts draws one where none is given.",
     )
+    skip_nonfinite_steps: int = option(
+        0, minimum=0, help="Steps whose loss or gradient is not finite and that are left out before the run stops."
+    )
     xformers: bool = option(
         False,
+        aliases=("xfomers",),
         only_with=(Needs("attn_mode", values=(None, "xformers")),),
         help="Use xformers' attention in the transformer; where it cannot be had, PyTorch's own, with a warning.",
     )
@@ -109,6 +113,18 @@ class SaveOptions:
         only_with=(Needs("save_every_n_steps", unless=(None,)),),
         help="Of the files saved by step, keep those of the last so many steps.",
     )
+    save_last_n_epochs_state: int | None = option(
+        None,
+        minimum=1,
+        only_with=(Needs("save_every_n_epochs", unless=(None,)), Needs("save_state", values=(True,))),
+        help="Of the states saved by epoch, keep those of the last so many epochs; unset, as long as their adapter.",
+    )
+    save_last_n_steps_state: int | None = option(
+        None,
+        minimum=1,
+        only_with=(Needs("save_every_n_steps", unless=(None,)), Needs("save_state", values=(True,))),
+        help="Of the states saved by step, keep those of the last so many steps; unset, as long as their adapter.",
+    )
     save_precision: str = option(
         "fp32",
         choices=("fp32", "fp16", "bf16"),
@@ -120,7 +136,9 @@ class SaveOptions:
     )
     save_state: bool = option(False, help="With each saved adapter, save all that --resume needs.")
     save_state_on_train_end: bool = option(False, help="Save what --resume needs when training ends.")
-    resume: str | None = option(None, is_path=True, help="Folder of a saved state to go on from.")
+    resume: str | None = option(
+        None, is_path=True, help='Folder of a saved state to go on from; "latest" finds the one that got furthest.'
+    )
     overwrite: bool = option(False, help="Replace files of an earlier run with this name.")
     no_metadata: bool = option(False, help="Write only what is needed to use the file, not how it was trained.")
     training_comment: str | None = option(None, only_with=_WITH_METADATA, help="Comment kept in the file.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..data.dataset import BucketBatchSampler
-from ..errors import TrainingError
 from .averages import AdapterAverage
 from .flow import add_noise, velocity
 from .groups import reported_rates
+from .health import Health
 from .losses import FlowLoss
 from .state import Progress
 
@@ -75,14 +76,17 @@ def run_loop(
     *,
     total_steps: int,
     max_grad_norm: float,
+    health: Health,
     on_step: Callable[[], None],
     on_epoch: Callable[[], None],
 ) -> None:
     """Train until `progress.step` is `total_steps`.
 
     Args:
-        progress: changed in place; where it does not start at zero, the batches done already are skipped.
+        progress: changed in place; where it does not start at zero, the batches done already are skipped. It stands at
+            an optimizer step also after an exception.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
+        health: decides whether a step may be taken.
         on_step: called after every optimizer step.
         on_epoch: called after every epoch.
 
@@ -93,7 +97,7 @@ def run_loop(
     parts.model.train()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # encoding is over
-    with meter.bar:
+    with meter.bar, _at_a_step(progress):
         while progress.step < total_steps:
             loader = accelerator.skip_first_batches(parts.loader, progress.batch) if progress.batch else parts.loader
             # Both: accelerate's loader counts epochs of its own and hands its count to the sampler.
@@ -103,11 +107,21 @@ def run_loop(
                 with accelerator.accumulate(parts.model):
                     loss = batch_loss(parts.model, parts.complete(batch), parts.loss)
                     accelerator.backward(loss)
+                    meter.add(loss.item(), len(batch["sigma"]))
                     values: dict[str, float] = {}
+                    may_step = True
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(parts.parameters, max_grad_norm or math.inf)
                         values["gradient_norm"] = float(norm)
-                    parts.optimizer.step()
+                        may_step = health.may_step(
+                            progress.step + 1,
+                            meter.losses,
+                            batch["sigma"].tolist(),
+                            values["gradient_norm"],
+                            scaled=accelerator.scaler is not None,
+                        )
+                    if may_step:
+                        parts.optimizer.step()
                     if accelerator.sync_gradients:
                         values |= parts.limit_norms()
                         parts.average.after_step()
@@ -115,9 +129,9 @@ def run_loop(
                         parts.scheduler.step()  # before gradients go: Adafactor's own schedule asks for them
                     parts.optimizer.zero_grad(set_to_none=True)
                 progress.batch += 1
-                meter.add(loss, len(batch["sigma"]))
                 if accelerator.sync_gradients:
                     progress.step += 1
+                    progress.mark()
                     meter.step(values)
                     on_step()
                     if progress.step >= total_steps:
@@ -125,7 +139,19 @@ def run_loop(
             if progress.batch >= len(parts.loader):
                 progress.epoch += 1
                 progress.batch = 0
+                progress.mark()
                 on_epoch()
+
+
+@contextmanager
+def _at_a_step(progress: Progress) -> Iterator[None]:
+    """Leave with `progress` at an optimizer step: batches whose gradients were only gathered are not done."""
+    progress.mark()
+    try:
+        yield
+    except BaseException:
+        progress.back_to_mark()
+        raise
 
 
 class _Meter:
@@ -134,7 +160,7 @@ class _Meter:
     def __init__(self, accelerator: Accelerator, parts: Parts, progress: Progress, total_steps: int):
         self._accelerator, self._parts, self._progress = accelerator, parts, progress
         self._losses: list[float] = []
-        self._recent: list[float] = []
+        self._recent = progress.recent_losses
         self._samples = 0
         self._resident = 0
         self._clock = time.perf_counter()
@@ -146,25 +172,21 @@ class _Meter:
             disable=not accelerator.is_main_process,
         )
 
-    def add(self, loss: torch.Tensor, samples: int) -> None:
-        """Count one batch.
+    @property
+    def losses(self) -> list[float]:
+        """Of the batches since the last step."""
+        return self._losses
 
-        Raises:
-            TrainingError: the loss is not finite.
-        """
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} in step {self._progress.step + 1}. Lower learning_rate, or use mixed_precision "
-                '"bf16" (or "no") instead of "fp16".'
-            )
-        self._losses.append(value)
+    def add(self, loss: float, samples: int) -> None:
+        """Count one batch."""
+        self._losses.append(loss)
         self._samples += samples
 
     def step(self, further: Mapping[str, float]) -> None:
         """Report one optimizer step: the mean over its accumulated batches, and `further` values, `lr` among them."""
         loss = sum(self._losses) / len(self._losses)
-        self._recent = [*self._recent[1 - _AVERAGED :], loss]
+        self._recent.append(loss)
+        del self._recent[:-_AVERAGED]
         now = time.perf_counter()
         values = {
             "loss": loss,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..config import TrainOptions
 
 
+CONFIG_KEY = "anima_peft_config"
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What is known of a run once its data and model are there.
@@ -46,9 +49,11 @@ MetadataWriter = Callable[[Progress], dict[str, str]]
 
 
 def training_metadata(
-    train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, progress: Progress
+    train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, summary: str, progress: Progress
 ) -> dict[str, str]:
     """All metadata of a file saved at `progress`; texts only, and nothing that the run does not know.
+
+    `summary`, the options away from their defaults as JSON, goes into CONFIG_KEY.
 
     With `no_metadata`, only what describes the network is left, which every adapter file has.
     """
@@ -58,6 +63,7 @@ def training_metadata(
         **_run(train, pictures, facts, progress),
         **_options(train),
         **_model_spec(train, pictures),
+        CONFIG_KEY: summary,
         "ss_dataset_dirs": json.dumps(dataset_dirs(pictures), ensure_ascii=False),
         "ss_tag_frequency": json.dumps(tag_frequency(pictures), ensure_ascii=False),
         "ss_bucket_info": json.dumps(bucket_info(pictures)),

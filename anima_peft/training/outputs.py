@@ -31,6 +31,11 @@ class Outputs:
         return self.folder / f"{self.name}{SUFFIX}"
 
     @property
+    def config(self) -> Path:
+        """The configuration of the run, every option with its value and origin."""
+        return self.folder / f"{self.name}-config.toml"
+
+    @property
     def comparison(self) -> Path:
         """The grid of pictures without and with the adapter."""
         return self.folder / f"{self.name}-comparison.png"
@@ -55,7 +60,8 @@ class Outputs:
             if any(path.match(_literal(p) + s) for p in patterns for s in (SUFFIX, STATE_SUFFIX))
         ]
         pictures = self.folder.glob(f"{glob.escape(self.name)}-*-with*.png")
-        return [*found, *sorted(pictures), *([self.comparison] if self.comparison.exists() else [])]
+        single = (path for path in (self.comparison, self.config) if path.exists())
+        return [*found, *sorted(pictures), *single]
 
 
 def _literal(pattern: str) -> str:
@@ -107,4 +113,9 @@ def files_to_drop(saved: list[tuple[int, str]], now: int, keep_last: int | None)
 def remove(path: Path) -> None:
     """Delete a saved adapter and the state beside it, if they are still there."""
     path.unlink(missing_ok=True)
+    remove_state(path)
+
+
+def remove_state(path: Path) -> None:
+    """Delete the state beside a saved adapter, if it is still there."""
     shutil.rmtree(state_folder(path), ignore_errors=True)

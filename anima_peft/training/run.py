@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from .averages import AdapterAverage
 from .comparison import draw_comparison
 from .encoding import ModelHashes, TextModels, hash_model
 from .engine import engine
-from .loop import run_loop
 from .metadata import RunFacts, training_metadata
 from .network import add_network, hash_merged, merge_base_weights, require_weights
 from .optimizers import needs_card
@@ -40,7 +39,19 @@ from .outputs import Outputs, require_free, resolve_folder
 from .prepare import prepare_model, prepare_parts
 from .samples import prepare_samples
 from .saving import Saver
-from .state import ADAPTER_NAME, Progress, load_state, read_progress, register, require_same_settings
+from .settings import other_settings, state_settings
+from .state import (
+    ADAPTER_NAME,
+    Progress,
+    latest_state,
+    load_state,
+    read_progress,
+    register,
+    require_same_settings,
+    settle,
+    warn_of_changes,
+)
+from .watch import run_watched
 
 if TYPE_CHECKING:
     from ..config import RunConfig, TrainOptions
@@ -77,18 +88,15 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
 
     Raises:
         InputError: a fault in the configuration's values, the model's files, the pictures or the captions.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or there is not enough memory.
+        Interrupted: a signal or a file asked for the end; adapter and state are saved.
     """
     options, now = config.train, datetime.now()
     outputs = Outputs(resolve_folder(options.save.output_dir, now), options.save.output_name)
     log_root = Path(options.log.logging_dir) if options.log.logging_dir else outputs.folder / "logs"
     with engine(options, log_root) as accelerator:
-        resume = Path(options.save.resume) if options.save.resume else None
+        resume = _resume_from(options.save.resume, outputs)
         progress = read_progress(resume) if resume else Progress()
-        settings = _state_settings(options)
-        if resume:
-            require_same_settings(progress, settings, resume)
-        progress.settings = settings
         continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
         if not continued:  # what another folder's run has saved is not this one's to drop
             progress.saved_steps, progress.saved_epochs = [], []
@@ -106,6 +114,11 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         check_encoders(sources.text_encoder, sources.vae)
         cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
         pictures = scan(config.datasets, cache_dir=cache_dir)
+        settings, noted = state_settings(options, pictures), other_settings(options)
+        if resume:
+            require_same_settings(progress, settings, resume)
+            warn_of_changes(progress, noted, resume)
+        progress.settings, progress.noted = settings, noted
 
         model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype=dtype)
         merge_base_weights(model, options)
@@ -144,18 +157,10 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         if resume:
             load_state(accelerator, resume)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
-        metadata = partial(training_metadata, options, pictures, facts)
-        saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata)
+        metadata = partial(training_metadata, options, pictures, facts, config.summary)
+        saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
         log_folder = _start_tracking(accelerator, options, log_root, now)
-        run_loop(
-            accelerator,
-            parts,
-            progress,
-            total_steps=facts.total_steps,
-            max_grad_norm=options.optimizer.max_grad_norm,
-            on_step=saver.after_step,
-            on_epoch=saver.after_epoch,
-        )
+        run_watched(accelerator, options, parts, progress, facts, saver, outputs, samples.dataset)
         saver.at_end()
         with parts.average.in_place():
             learned = relative_delta(model.components, ADAPTER_NAME)
@@ -163,19 +168,14 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
     return Result(outputs.final, progress.step, learned, log_folder, comparison)
 
 
-def _state_settings(options: TrainOptions) -> dict[str, Any]:
-    """What a state fixes for the run that goes on with it."""
-    network, loop = options.network, options.loop
-    fixed = asdict(options.optimizer) | asdict(options.schedule) | asdict(options.ema)
-    fixed.pop("max_grad_norm")
-    return {
-        **fixed,
-        "network_reg_lrs": network.network_reg_lrs,
-        "loraplus_lr_ratio": network.loraplus_lr_ratio,
-        "mixed_precision": loop.mixed_precision,
-        "gradient_accumulation_steps": loop.gradient_accumulation_steps,
-        "seed": loop.seed,
-    }
+def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
+    """The state folder that `resume` names; what a crash has left in the run's folder is put right on the way."""
+    if given == "latest":
+        return latest_state(outputs)
+    if given is None:
+        return None
+    settle(Path(given).parent)
+    return Path(given)
 
 
 def _sources(options: TrainOptions) -> ModelSources:
@@ -224,6 +224,7 @@ def _saver(
     progress: Progress,
     average: AdapterAverage,
     metadata: partial[dict[str, str]],
+    resolved: str,
 ) -> Saver:
     save = options.save
     return Saver(
@@ -233,12 +234,15 @@ def _saver(
         progress,
         average,
         metadata,
+        resolved,
         format=save.save_format,  # type: ignore[arg-type]  # one of its choices
         dtype=DTYPES[save.save_precision],
         every_steps=save.save_every_n_steps,
         every_epochs=save.save_every_n_epochs,
         keep_steps=save.save_last_n_steps,
         keep_epochs=save.save_last_n_epochs,
+        keep_states_steps=save.save_last_n_steps_state,
+        keep_states_epochs=save.save_last_n_epochs_state,
         with_state=save.save_state,
         state_at_end=save.save_state_on_train_end,
     )

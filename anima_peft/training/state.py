@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
 import shutil
@@ -20,9 +21,12 @@ from ..adapters.naming import ModuleTable
 from ..adapters.reading import parse
 from ..adapters.sources import read_adapter_file
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import flush_tree, remove_unfinished, write_atomically
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
+from .outputs import STATE_SUFFIX, Outputs
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -38,7 +42,9 @@ class Progress:
         epoch: epochs done.
         batch: batches done of the present epoch.
         saved_steps, saved_epochs: (number, file name) of the adapters this run wrote and has not dropped.
-        settings: the options that a state cannot be continued without, by name.
+        recent_losses: of the last steps, for the mean that is shown.
+        settings: what a state cannot be continued without, by name.
+        noted: the other options of the run, by name; they may change.
     """
 
     step: int = 0
@@ -46,7 +52,17 @@ class Progress:
     batch: int = 0
     saved_steps: list[tuple[int, str]] = field(default_factory=list)
     saved_epochs: list[tuple[int, str]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    noted: dict[str, Any] = field(default_factory=dict)
+
+    def mark(self) -> None:
+        """Note that here all batches done are in an optimizer step."""
+        self._mark = (self.epoch, self.batch)
+
+    def back_to_mark(self) -> None:
+        """Go back to where `mark` was called last."""
+        self.epoch, self.batch = self._mark
 
 
 def register(
@@ -124,6 +140,14 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
         raise InputError(f"resume: {folder} is incomplete or damaged ({error}); use an earlier state.") from error
 
 
+def warn_of_changes(progress: Progress, noted: Mapping[str, Any], folder: Path) -> None:
+    """Say which of the other options differ from those that the state was made with; the new ones count."""
+    now = json.loads(json.dumps(noted))
+    changes = [f"{k} = {now[k]!r} (was {v!r})" for k, v in progress.noted.items() if k in now and now[k] != v]
+    if changes:
+        logger.warning("Resumed from %s with other options: %s.", folder, "; ".join(changes))
+
+
 def require_same_settings(progress: Progress, settings: Mapping[str, Any], folder: Path) -> None:
     """Refuse to go on with other settings than the state was made with: accelerate restores those of the state.
 
@@ -146,10 +170,51 @@ def require_same_settings(progress: Progress, settings: Mapping[str, Any], folde
 def save_state(accelerator: Accelerator, folder: Path) -> None:
     """Write the state beside its place, then put it there; an earlier state of that name goes only then."""
     fresh, old = folder.with_name(f".{folder.name}-new"), folder.with_name(f".{folder.name}-old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if accelerator.is_main_process:
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(fresh))
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        flush_tree(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def settle(folder: Path) -> None:
+    """Put right what a crash inside of `save_state` has left: the earlier state comes back, a half-written one goes."""
+    for leftover in folder.glob(".*-old"):
+        place = folder / leftover.name.removeprefix(".").removesuffix("-old")
+        if _is_state(leftover):
+            if place.exists():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.rename(place)
+    for leftover in folder.glob(f".*{STATE_SUFFIX}-new"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    remove_unfinished(folder)
+
+
+def latest_state(outputs: Outputs) -> Path:
+    """The state of this run that has got furthest.
+
+    Raises:
+        InputError: there is none.
+    """
+    settle(outputs.folder)
+    states = [path for path in outputs.existing() if _is_state(path)]
+    if not states:
+        raise InputError(
+            f'resume = "latest": {outputs.folder} holds no state of {outputs.name}; name a state folder, or start '
+            "anew without resume. (An output_dir with {time} is another folder each time.)"
+        )
+    # Of several at one step, such as the last epoch's and the run's end, the one that knows most of the files written.
+    return max(states, key=lambda path: (read_progress(path).step, path.stat().st_mtime))
+
+
+def _is_state(path: Path) -> bool:
+    return path.name.removesuffix("-old").endswith(STATE_SUFFIX) and (path / PROGRESS_FILE).is_file()

@@ -184,7 +184,8 @@ def test_norms_move_on_a_bf16_base_and_are_not_decayed() -> None:
 
 def test_dora_trains_and_is_saved_in_every_style(tmp_path: Path) -> None:
     model = tiny_model()
-    model.add_adapter(LoraConfig(r=2, lora_alpha=4, use_dora=True, target_modules=[TO_Q, MLP]))
+    parameters = model.add_adapter(LoraConfig(r=2, lora_alpha=4, use_dora=True, target_modules=[TO_Q, MLP]))
+    assert len({id(parameter) for parameter in parameters}) == len(parameters) == 2 * 3
     assert_close(output(model), output(tiny_model()), 1e-6)
     shake(model)
     for style, key in (("kohya", ".dora_scale"), ("comfy", ".dora_scale"), ("diffusers", ".lora_magnitude_vector")):

@@ -52,7 +52,7 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         'did you mean "sigmoid"?',
     ),
     ({"attn_mode": "sageattn"}, 'attn_mode: "sageattn" has no backward pass, so that nothing could be trained; use'),
-    ({"network_module": "networks.lora"}, 'expected one of "networks.lora_anima", "networks.lokr_anima", got'),
+    ({"network_module": "networks.lorra"}, 'expected one of "networks.lora_anima", "networks.lokr_anima", got'),
     ({"network_args": ["use_dora=true"], "network_module": LOKR}, "network_args.use_dora: has no effect with"),
     (
         {"network_dim": 100000},
@@ -62,6 +62,15 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"compare_prompts": ["x --w 40000"]}, "--w: expected an integer from 16 to 2048, got 40000"),
     ({"network_args": ["lokr_factor=4"]}, "network_args.lokr_factor: has no effect with network_module ="),
     ({"network_args": ["lokr_full_matrix=true"]}, "network_args.lokr_full_matrix: has no effect with"),
+    (
+        {"network_args": ["lokr_decompose_both=true", "lokr_full_matrix=true"], "network_module": LOKR},
+        "network_args.lokr_decompose_both: has no effect with lokr_full_matrix = true",
+    ),
+    (
+        {"network_args": ["lokr_decompose_both=true"], "network_module": LOKR, "network_dim": 100000},
+        "network_args.lokr_decompose_both: has no effect with network_dim = 100000",
+    ),
+    ({"print_config": True}, "print_config: belongs on the command line"),
     ({"network_args": ["lokr_factor=0"], "network_module": LOKR}, "expected a positive integer or -1, got 0"),
     ({"network_args": ["rank_dropout=1"], "network_module": LOKR}, "network_args.rank_dropout: expected a number"),
     ({"network_dropout": 0.1, "network_module": LOKR}, "network_dropout: has no effect with network_module ="),
@@ -276,6 +285,89 @@ def test_all_faults_of_all_sources_are_in_one_report(load_with) -> None:
     assert "dataset.toml" in str(report.value)
 
 
+PICTURES = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "p"\n'
+# train args, dataset TOML, words of the command line: the faults in their order
+SEVERAL: list[tuple[dict[str, Any], str, tuple[str, ...], list[str]]] = [
+    (
+        {"learning_rate": "1e-4", "network_dim": 0, "optimiser_type": "AdamW"},
+        PICTURES,
+        (),
+        [
+            'learning_rate: expected a number above 0, got "1e-4"; write it without quotes',
+            "network_dim: expected an integer of at least 1, got 0",
+            'optimiser_type: unknown option; did you mean "optimizer_type"?',
+        ],
+    ),
+    (
+        {"network_args": ["lokr_factr=4", "use_dora=maybe"], "optimizer_args": ["momentum"]},
+        PICTURES,
+        (),
+        [
+            'network_args.lokr_factr: unknown option; did you mean "lokr_factor"?',
+            'network_args.use_dora: expected true or false, got "maybe"',
+            "optimizer_args",
+        ],
+    ),
+    (
+        {"compare_prompts": ["a --w 1 --s 0", "b --x 1"], "lr_warmup_steps": 5, "vae": ["v"]},
+        PICTURES,
+        (),
+        [
+            "compare_prompts[0]: --w: expected an integer from 16 to 2048, got 1; --s: expected an integer",
+            "compare_prompts[1]: unknown --x",
+            'vae: expected a text, got ["v"]',
+            'lr_warmup_steps: has no effect with lr_scheduler = "constant"',
+        ],
+    ),
+    (
+        {"seed": 1},
+        "[genral]\n[general]\nkeep_tokn = 1\n[[datasets]]\nresolution = 7\nimage_dir = 'x'\n"
+        "[[datasets.subsets]]\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = 'p'\nflip_aug = 'no'\n",
+        (),
+        [
+            'genral: unknown in a dataset TOML, which holds [general] and [[datasets]]; did you mean "general"?',
+            "general.keep_tokn: unknown option",
+            "datasets[0].resolution: expected a side or [width, height] in pixels from 16 to 65536, got 7",
+            "datasets[0].image_dir: belongs into [[datasets.subsets]]",
+            "datasets[0].subsets[0].batch_size: belongs into [[datasets]] or [general]",
+            'datasets[0].subsets[1].flip_aug: expected true or false, got "no"',
+            "datasets[0].subsets[0].image_dir: required, but not given. Folder of the pictures.",
+        ],
+    ),
+    (
+        {"qwen": "a", "qwen3": "b", "blocks_to_swap": 20, "train_batch_size": 2, "output_name": "a/b"},
+        '[[datasets]]\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = "p"\n',
+        ("--timestep_sampling", "sigmiod", "--no-cache_latents", "--learning", "1"),
+        [
+            '--timestep_sampling: expected one of "sigmoid", ',
+            "--no-cache_latents: false is not supported in this version",
+            '--learning: unknown option; did you mean "--learning_rate"?',
+            'output_name: expected a file name without "/", got "a/b"',
+            'qwen3: "b" differs from qwen = "a", and both set the same option; keep one of them',
+            "blocks_to_swap: not supported in this version: use gradient_checkpointing",
+            "train_batch_size: has no effect, because the dataset TOML sets datasets[0].batch_size = 4",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("train", "dataset", "argv", "faults"), SEVERAL, ids=range(len(SEVERAL)))
+def test_several_faults_are_one_report(
+    load_with, train: dict[str, Any], dataset: str, argv: tuple[str, ...], faults: list[str]
+) -> None:
+    with pytest.raises(InputError) as report:
+        load_with(train, dataset, argv)
+    found = faults_of(report.value)
+    missing = [fault for fault in faults if not any(text.startswith(fault) for text in found)]
+    assert (missing, len(found)) == ([], len(faults)), str(report.value)
+
+
+def test_there_are_cases_enough() -> None:
+    assert len(TRAIN_FAULTS) >= 40
+    assert len({fault for _, fault in TRAIN_FAULTS}) == len(TRAIN_FAULTS)
+    assert len(SEVERAL) >= 5
+
+
 def test_a_fault_causes_no_further_faults(load_with) -> None:
     with pytest.raises(InputError) as report:
         load_with({"timestep_sampling": "shfit", "discrete_flow_shift": 3.0})
@@ -327,14 +419,6 @@ def test_the_old_flag_names_the_migration(argv: list[str]) -> None:
     assert "python tools/convert_anima_root_to_kohya.py --input old_root.toml --output_dir converted" in str(
         report.value
     )
-
-
-def test_an_old_single_file_names_the_migration(load_with) -> None:
-    with pytest.raises(InputError) as report:
-        load_with('[model]\ntransformer_path = "a"\n[lora]\nlora_rank = 4\n[training]\nepochs = 1\n')
-    (fault,) = faults_of(report.value)
-    assert fault.startswith("model.transformer_path: belongs to the older one-file layout")
-    assert "tools/convert_anima_root_to_kohya.py" in fault
 
 
 def test_no_dataset_config(tmp_path: Path) -> None:

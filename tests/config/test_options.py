@@ -107,6 +107,9 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "save_every_n_steps": (100, ["100"], 100),
     "save_last_n_epochs": (3, ["3"], 3),
     "save_last_n_steps": (300, ["300"], 300),
+    "save_last_n_epochs_state": (3, ["3"], 3),
+    "save_last_n_steps_state": (300, ["300"], 300),
+    "skip_nonfinite_steps": (3, ["3"], 3),
     "save_precision": ("float", ["bf16"], None),
     "save_format": ("comfy", ["diffusers"], None),
     "save_state": (True, [], True),
@@ -170,6 +173,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "persistent_data_loader_workers": {"max_data_loader_n_workers": 1},
     "save_last_n_epochs": {"save_every_n_epochs": 1},
     "save_last_n_steps": {"save_every_n_steps": 100},
+    "save_last_n_epochs_state": {"save_every_n_epochs": 1, "save_state": True},
+    "save_last_n_steps_state": {"save_every_n_steps": 100, "save_state": True},
 }
 KEPT = {
     "save_precision": {"float": "fp32", "bf16": "bf16"},
@@ -361,6 +366,7 @@ def test_alpha_zero_stands_for_the_dim(load_with) -> None:
         ("qwen3_max_token_length", "anima_seq_len", 128, 128),
         ("t5_max_token_length", "anima_seq_len", 128, 128),
         ("anima_timestep_sampling", "timestep_sampling", "uniform", "uniform"),
+        ("anima_timestep_sampling", "timestep_sampling", "logit_normal", "sigmoid"),
         ("anima_sigmoid_scale", "sigmoid_scale", 2, 2.0),
         ("anima_flow_shift", "discrete_flow_shift", 1, 1.0),
         ("anima_noise_offset", "noise_offset", 0.1, 0.1),

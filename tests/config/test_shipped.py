@@ -1,7 +1,8 @@
-"""Every TOML below configs/ is read by the schema that training uses."""
+"""Every TOML below configs/, and every one in the documents, is read by the schema that training uses."""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from anima_peft.config import load
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 ALL = sorted(CONFIGS.rglob("*.toml"))
 TRAIN_ARGS = [path for path in ALL if path.name.endswith("train_args.toml")]
 
@@ -36,3 +38,44 @@ def test_the_miniature_draws_two_pictures() -> None:
     path = CONFIGS / "examples" / "anima_miniature_train_args.toml"
     lines = load(["--config_file", str(path), "--dataset_config", str(pair_of(path))]).train.log.compare_prompts
     assert [(line.width, line.height, line.steps, line.guidance_scale) for line in lines] == [(64, 64, 8, 1.0)] * 2
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+BLOCKS = [
+    (page.relative_to(ROOT).as_posix(), number, block)
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
+]
+
+
+def test_documents_hold_configurations_of_every_kind() -> None:
+    assert len(BLOCKS) >= 6
+    keys = [tomllib.loads(block).keys() for _, _, block in BLOCKS]
+    assert sum("datasets" in found for found in keys) >= 2
+    assert sum({"model", "training"} <= found for found in keys) >= 2
+    assert sum("network_module" in found for found in keys) >= 2
+
+
+def test_both_languages_show_the_same_configurations() -> None:
+    for page in PAGES:
+        other = page.with_suffix("").with_suffix(".zh-CN.md") if page.suffixes == [".md"] else page
+        if other.exists():
+            shown = [[block for name, _, block in BLOCKS if Path(name).name == file.name] for file in (page, other)]
+            assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=[f"{page}-{n}" for page, n, _ in BLOCKS])
+def test_a_configuration_in_a_document(load_with, tmp_path: Path, page: str, number: int, block: str) -> None:
+    """Whole files are read as they are; parts of train args beside what a run needs at least."""
+    document = tomllib.loads(block)
+    if "datasets" in document:
+        run = load_with(dataset=block)
+        assert run.datasets[0].subsets
+    elif "model" in document:
+        path = tmp_path / "root.toml"
+        path.write_text(block, encoding="utf-8")
+        run = load(["--config_file", str(path)])
+        assert not any("left out" in warning for warning in run.warnings)
+    else:
+        run = load_with(document)
+        assert all(run.values[key] == value for key, value in document.items() if key in ("output_name", "seed"))

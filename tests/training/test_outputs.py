@@ -15,6 +15,7 @@ def test_names_are_those_of_sd_scripts(tmp_path: Path) -> None:
     assert outputs.after_epoch(1).name == "角色 v1-000001.safetensors"
     assert outputs.after_step(100).name == "角色 v1-step00000100.safetensors"
     assert state_folder(outputs.after_step(100)).name == "角色 v1-step00000100-state"
+    assert outputs.config.name == "角色 v1-config.toml"
     assert state_folder(outputs.final).name == "角色 v1-state"
 
 
@@ -32,6 +33,8 @@ def test_time_is_filled_in() -> None:
         ("name-step00000010.safetensors", True),
         ("name-state", True),
         ("name-comparison.png", True),
+        ("name-config.toml", True),
+        ("name2-config.toml", False),
         ("name-01-without.png", True),
         ("name-02-with.png", True),
         ("name2.safetensors", False),

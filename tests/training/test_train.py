@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,28 @@ def losses_of(log_folder: Path) -> list[float]:
 
 def test_a_run_leaves_its_files_and_nothing_else(configure: Configure, tmp_path: Path) -> None:
     flags = ["--max_train_epochs", "4", "--save_every_n_epochs", "1", "--save_last_n_epochs", "1"]
-    result = train(configure(*flags, "--save_every_n_steps", "5", "--output_dir", str(tmp_path / "out")))
+    config = configure(*flags, "--save_every_n_steps", "5", "--output_dir", str(tmp_path / "out"))
+    result = train(config)
 
     assert result.steps == 4 * 3  # three buckets of four pictures
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "test-000003.safetensors",
         "test-000004.safetensors",
+        "test-config.toml",
         "test-step00000005.safetensors",
         "test-step00000010.safetensors",
         "test.safetensors",
     ]
     assert result.relative_delta > 1e-3
+    resolved = (tmp_path / "out" / "test-config.toml").read_text(encoding="utf-8")
+    assert resolved == config.resolved
+    assert tomllib.loads(resolved)["train_args"]["save_every_n_steps"] == 5
     final, last = load_file(result.adapter), load_file(tmp_path / "out" / "test-000004.safetensors")
     assert final.keys() == last.keys()
     assert all(torch.equal(final[key], last[key]) for key in final)
 
 
-def test_metadata_says_what_happened(configure: Configure) -> None:
+def test_metadata_says_what_happened(configure: Configure, miniature: MiniatureFiles) -> None:
     flags = ["--max_train_steps", "3", "--gradient_accumulation_steps", "2", "--network_alpha", "2"]
     text = ["--metadata_title", "图", "--training_comment", "a comment", "--timestep_sampling", "uniform"]
     metadata = metadata_of(train(configure(*flags, *text)).adapter)
@@ -71,6 +77,8 @@ def test_metadata_says_what_happened(configure: Configure) -> None:
         "modelspec.resolution": "64x64",
     }
     assert {key: metadata.get(key) for key in expected} == expected
+    given = json.loads(metadata["anima_peft_config"])
+    assert (given["network_alpha"], given["max_train_steps"], given["vae"]) == (2.0, 3, miniature.vae.name)
     assert json.loads(metadata["ss_tag_frequency"])["set"]["white background"] == 6
     assert json.loads(metadata["ss_dataset_dirs"]) == {"set": {"n_repeats": 1, "img_count": 12}}
     buckets = json.loads(metadata["ss_bucket_info"])["buckets"].values()
@@ -79,6 +87,7 @@ def test_metadata_says_what_happened(configure: Configure) -> None:
 
 def test_no_metadata_keeps_the_network_only(configure: Configure) -> None:
     metadata = metadata_of(train(configure("--max_train_steps", "1", "--no_metadata")).adapter)
+    assert "anima_peft_config" not in metadata
     assert {key for key in metadata if key.startswith("ss_")} == {
         "ss_base_model_version",
         "ss_network_alpha",

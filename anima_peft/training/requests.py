@@ -1,0 +1,83 @@
+"""What is asked of a running training from outside: signals that end it, files that ask for a save or the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from types import FrameType
+from typing import Any
+
+from .outputs import Outputs
+
+# Ctrl-Break of Windows is SIGBREAK, which others do not have.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
+_SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+
+
+class Action(Enum):
+    """What to do after the present step."""
+
+    SAVE = "save"
+    STOP = "stop"
+
+
+class Requests:
+    """Looked at after every step.
+
+    The first SIGINT, SIGTERM or Ctrl-Break asks for the end; a second one leaves at once. So does the end of the
+    launcher that started this process, which hands no signal on. A file `<output_name>-save` or `<output_name>-stop`
+    (or with `.txt`) in the run's folder asks for what it is called; it is taken away when it is seen.
+    """
+
+    def __init__(self, outputs: Outputs):
+        self._files = {
+            outputs.folder / f"{outputs.name}-{action.value}{suffix}": action
+            for action in Action
+            for suffix in ("", ".txt")
+        }
+        self._launcher = os.getppid() if any(name in os.environ for name in _SET_BY_LAUNCHERS) else None
+        self.signal: signal.Signals | None = None
+        """The signal that asked for the end, if one did."""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals inside of this. Python lets only the main thread do so; elsewhere files alone are heeded."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            self.signal = signal.Signals(number)
+            print(
+                f"\n{self.signal.name}: finishing this step, then saving. Once more leaves at once.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        for number in _SIGNALS:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def take(self) -> Action | None:
+        """What is asked for now."""
+        if self._launcher is not None and os.getppid() != self._launcher and self.signal is None:
+            self.signal = signal.SIGTERM
+        if self.signal is not None:
+            return Action.STOP
+        for path, action in self._files.items():
+            if path.exists():
+                path.unlink(missing_ok=True)
+                return action
+        return None
