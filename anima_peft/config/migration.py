@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .checks import check_required
 from .dataset import PlaceKeys
 from .network import ARGUMENT_LISTS, LOKR, LORA
 from .old_file import Key, OldFile, leaves, path_of
@@ -65,6 +64,7 @@ _BUCKETS: dict[Key, str] = {
 }
 _MAX_RATIO: Key = ("dataset", "max_ar")
 _DATASET: dict[Key, str] = {("dataset", "resolution"): "resolution", ("training", "batch_size"): "batch_size"}
+(_IMAGE_DIR,) = (option for option in options_of(PlaceKeys) if option.name == "image_dir")
 _SUBSET: dict[Key, str] = {("dataset", "data_dir"): "image_dir", ("dataset", "repeats"): "num_repeats"}
 
 # what of [training] describes pictures, under its name in the train args
@@ -355,6 +355,7 @@ def _pictures(old: OldFile, result: Migration) -> None:
     result.dataset += [m for key, name in _BUCKETS.items() for m in _moved(old, key, name)]
     result.subset += [m for key, name in _SUBSET.items() for m in _moved(old, key, name)]
     found = {moved.name for moved in result.subset}
-    check_required(options_of(PlaceKeys), found, old.faults, place=lambda _: "dataset.data_dir")
+    if "image_dir" not in found:
+        old.faults.add("dataset.data_dir", f"required, but not given. {_IMAGE_DIR.rules.help}")
     if "num_repeats" not in found:
         result.subset.append(Moved("num_repeats", 1, "dataset.repeats"))

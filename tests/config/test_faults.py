@@ -331,16 +331,17 @@ SEVERAL: list[tuple[dict[str, Any], str, tuple[str, ...], list[str]]] = [
             "datasets[0].image_dir: belongs into [[datasets.subsets]]",
             "datasets[0].subsets[0].batch_size: belongs into [[datasets]] or [general]",
             'datasets[0].subsets[1].flip_aug: expected true or false, got "no"',
-            "datasets[0].subsets[0].image_dir: required, but not given. Folder of the pictures.",
+            "datasets[0].subsets[0].image_dir: required, but not given. Folder of the pictures; with "
+            "metadata_file, where its relative paths start.",
         ],
     ),
     (
         {"qwen": "a", "qwen3": "b", "blocks_to_swap": 20, "train_batch_size": 2, "output_name": "a/b"},
         '[[datasets]]\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = "p"\n',
-        ("--timestep_sampling", "sigmiod", "--no-cache_latents", "--learning", "1"),
+        ("--timestep_sampling", "sigmiod", "--no-cache_latents_to_disk", "--learning", "1"),
         [
             '--timestep_sampling: expected one of "sigmoid", ',
-            "--no-cache_latents: false is not supported in this version",
+            "--no-cache_latents_to_disk: false is not supported in this version",
             '--learning: unknown option; did you mean "--learning_rate"?',
             'output_name: expected a file name without "/", got "a/b"',
             'qwen3: "b" differs from qwen = "a", and both set the same option; keep one of them',

@@ -27,7 +27,7 @@ from anima_peft.generation import Request
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.models.sources import ModelSources
 from anima_peft.training import run as training
-from anima_peft.training import watch
+from anima_peft.training import samples, watch
 from anima_peft.transformer import AnimaTransformerModel
 
 DIFFERS = object()
@@ -61,6 +61,7 @@ class Effect:
         beside: words on both sides, for what it needs to have an effect.
         without: options of BASE that are left out on both sides.
         dataset: the dataset TOML that sets it, where it has no flag.
+        base: the dataset TOML where `dataset` does not stand in for it.
     """
 
     change: tuple[str, ...]
@@ -70,14 +71,16 @@ class Effect:
     beside: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     dataset: str | None = None
+    base: str = DATASET
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An option of which only the default can be had; the other value is refused by name."""
+    """An option of which one value cannot be had, at least not with this dataset; it is refused by name."""
 
     change: tuple[str, ...]
     message: str
+    dataset: str = DATASET
 
 
 @dataclass
@@ -114,7 +117,7 @@ class Built:
         seen = Recorded()
         with ExitStack() as stack:
             for name, stand_in in _stand_ins(seen, self.folder).items():
-                room = watch if name == "run_loop" else training
+                room = _rooms()[name]
                 stack.enter_context(mock.patch.object(room, name, stand_in))
             handler = _Listener(seen.warnings)
             logger = logging.getLogger("anima_peft")
@@ -230,13 +233,19 @@ def _stand_ins(seen: Recorded, folder: Path) -> dict[str, Callable[..., Any]]:
         seen.latents = options
         return real["cache_latents"](*values, **options)
 
-    def cache_captions(*values: Any, **options: Any) -> Any:
-        seen.captions = options
-        return real["cache_captions"](*values, **options)
+    def cache_captions(captions: Any, models: Any, **options: Any) -> Any:
+        seen.captions = {"max_length": models.max_length}
+        return real["cache_captions"](captions, models, **options)
 
     stand_ins = (run_loop, draw_comparison, resolve_sources, hash_model, cache_latents, cache_captions)
-    real = {function.__name__: getattr(training, function.__name__, None) for function in stand_ins}
+    real = {function.__name__: getattr(_rooms()[function.__name__], function.__name__) for function in stand_ins}
     return {function.__name__: function for function in stand_ins}
+
+
+def _rooms() -> dict[str, Any]:
+    """The module in which each stand-in takes the place of the real function."""
+    names = ("draw_comparison", "resolve_sources", "hash_model")
+    return {**dict.fromkeys(names, training), "run_loop": watch, "cache_latents": samples, "cache_captions": samples}
 
 
 class Bench:
@@ -273,7 +282,12 @@ class Bench:
                 for suffix in (".png", ".txt"):
                     shutil.copy(miniature.pictures / f"{number:02d}{suffix}", self.folder / name)
         (self.folder / "pictures" / "00.cap").write_text("another caption", encoding="utf-8")
-        return {name: self.folder / name for name in folders}
+        (self.folder / "pictures" / "00.tags").write_text("a, b;c, {d|e}\nsecond line", encoding="utf-8")
+        (self.folder / "pictures" / "meta.json").write_text('{"02": {"caption": "named"}}', encoding="utf-8")
+        (self.folder / "masks").mkdir()
+        for picture in (self.folder / "pictures").glob("*.png"):
+            shutil.copy(picture, self.folder / "masks")
+        return {name: self.folder / name for name in (*folders, "masks")}
 
     def build(self, words: tuple[str, ...], without: tuple[str, ...] = (), dataset: str = DATASET) -> Built:
         """The configuration of the base and these words, which win over it.

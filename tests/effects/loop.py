@@ -6,7 +6,7 @@ import torch
 
 from .bench import Built, Effect, Refused
 
-CACHED = "false is not supported in this version: latents and captions are always cached on disk"
+CACHED = "false is not supported in this version: what is cached is always on disk"
 
 
 def total_steps(built: Built) -> int:
@@ -56,9 +56,11 @@ EFFECTS = {
         ("--max_data_loader_n_workers", "1"),
     ),
     "vae_batch_size": Effect(("--vae_batch_size", "2"), lambda built: built.seen.latents["batch_size"], 1, 2),
-    "cache_latents": Refused(("--no-cache_latents",), CACHED),
+    "cache_latents": Effect(("--no-cache_latents",), lambda built: "pixels" in built.samples()[0], False, True),
+    "cache_text_encoder_outputs": Effect(
+        ("--no-cache_text_encoder_outputs",), lambda built: "caption" in built.samples()[0], False, True
+    ),
     "cache_latents_to_disk": Refused(("--no-cache_latents_to_disk",), CACHED),
-    "cache_text_encoder_outputs": Refused(("--no-cache_text_encoder_outputs",), CACHED),
     "cache_text_encoder_outputs_to_disk": Refused(("--no-cache_text_encoder_outputs_to_disk",), CACHED),
     "cache_dir": Effect(
         ("--cache_dir", "{folder}/cache"),

@@ -16,7 +16,7 @@ from anima_peft.errors import InputError
 from anima_peft.miniature import MiniatureFiles
 from tests.config.effects import EFFECTS as OF_TRAINING
 
-from .bench import DATASET, DIFFERS, Bench, Effect, Refused
+from .bench import DIFFERS, Bench, Effect, Refused
 
 MODULES = [
     importlib.import_module(f"tests.effects.{found.name}") for found in pkgutil.iter_modules(tests.effects.__path__)
@@ -42,11 +42,11 @@ def test_effect(bench: Bench, name: str) -> None:
     case = EFFECTS[name]
     if isinstance(case, Refused):
         with pytest.raises(InputError) as report:
-            bench.build(case.change)
+            bench.build(case.change, dataset=case.dataset)
         assert case.message in str(report.value)
         return
-    before = case.observe(bench.build(case.beside, case.without))
-    after = case.observe(bench.build((*case.beside, *case.change), case.without, case.dataset or DATASET))
+    before = case.observe(bench.build(case.beside, case.without, case.base))
+    after = case.observe(bench.build((*case.beside, *case.change), case.without, case.dataset or case.base))
     if case.before is DIFFERS:
         assert not _equal(before, after)
     else:
