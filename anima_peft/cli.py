@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "inspect": _inspect,
         "convert": _convert,
+        "check": _check,
         "miniature": _miniature,
     }
     parser = argparse.ArgumentParser(prog="anima-peft", description=__doc__, allow_abbrev=False)
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers.add_parser("generate", help="draw pictures, with or without adapters", add_help=False)
     subparsers.add_parser("inspect", help="say what is in adapter files", add_help=False)
     subparsers.add_parser("convert", help="write an adapter file in another style", add_help=False)
+    subparsers.add_parser("check", help="look a dataset over before training", add_help=False)
     subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
     known, rest = parser.parse_known_args(argv[:1])
     return report_faults(lambda: commands[known.command](rest + argv[1:]))
@@ -130,6 +132,12 @@ def _convert(argv: Sequence[str]) -> None:
     from .adapter_commands import convert_command
 
     convert_command(argv)
+
+
+def _check(argv: Sequence[str]) -> None:
+    from .check_command import check
+
+    check(argv, prog="anima-peft check")
 
 
 if __name__ == "__main__":

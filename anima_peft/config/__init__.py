@@ -1,6 +1,6 @@
 """The configuration of a run: strict TOML and flags into frozen dataclasses."""
 
-from .loading import RunConfig, build_parser, load
+from .loading import RunConfig, build_parser, load, load_datasets
 from .network import NetworkOptions
 from .optimization import EmaOptions, FlowOptions, LossOptions, OptimizerOptions, ScheduleOptions
 from .prompts import PromptLine, parse_prompt_line
@@ -22,5 +22,6 @@ __all__ = [
     "TrainOptions",
     "build_parser",
     "load",
+    "load_datasets",
     "parse_prompt_line",
 ]

@@ -247,6 +247,19 @@ def _datasets(path: Path, found: Mapping[str, Found], faults: Faults) -> Dataset
     return read_datasets(document, _dataset_fallback(found), faults)
 
 
+def load_datasets(path: Path) -> tuple[tuple[DatasetSpec, ...], tuple[str, ...]]:
+    """The datasets of a dataset TOML on its own, without train args, and warnings.
+
+    Raises:
+        InputError: it is not valid; all faults are in the one message.
+    """
+    faults = Faults()
+    datasets = _datasets(path, {}, faults)
+    if faults.texts:
+        raise _report(faults, None, path)
+    return datasets.specs, datasets.warnings
+
+
 def _dataset_fallback(found: Mapping[str, Found]) -> dict[str, Found]:
     fallback = {option.name: found[option.name] for option in _DATASET_FALLBACKS if option.name in found}
     if "train_batch_size" in found:

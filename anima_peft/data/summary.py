@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .buckets import Placement
-from .dataset import BucketBatchSampler, SampleTable
 from .pictures import Picture
 
 
@@ -67,6 +66,11 @@ def summary(
         batches_per_step: gradient accumulation.
         notes: further sentences.
     """
+    return "\n".join([table(table_rows(pictures)), steps_sentence(pictures, total_steps, batches_per_step), *notes])
+
+
+def table_rows(pictures: Sequence[Picture]) -> list[list[str]]:
+    """The heading, a row for each bucket, and the totals."""
     rows = bucket_rows(pictures)
     lines = [
         [
@@ -80,7 +84,6 @@ def summary(
         ]
         for row in rows
     ]
-    heading = ["dataset", "bucket", "pictures", "samples", "batches", "cropped", "enlarged"]
     total = [
         "",
         f"{len({row.bucket for row in rows})} sizes",
@@ -88,7 +91,7 @@ def summary(
         f"{sum(cropped_share(p.placement) for p in pictures) / len(pictures):.1%}",
         str(sum(row.enlarged for row in rows)),
     ]
-    return "\n".join([table([heading, *lines, total]), *_steps(rows, total_steps, batches_per_step), *notes])
+    return [["dataset", "bucket", "pictures", "samples", "batches", "cropped", "enlarged"], *lines, total]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -98,17 +101,19 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
-def batches_per_epoch(pictures: Sequence[Picture]) -> int:
-    """Batches in an epoch of one process."""
-    samples = SampleTable(tuple(pictures))
-    return len(BucketBatchSampler(samples.groups, samples.batch_sizes, seed=0))
+def size_text(size: int) -> str:
+    """A number of bytes for people."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= factor / 2:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 2**10:.0f} KiB"
 
 
-def _steps(rows: Sequence[BucketRow], total_steps: int | None, batches_per_step: int) -> list[str]:
-    per_epoch = -(-sum(row.batches for row in rows) // batches_per_step)
+def steps_sentence(pictures: Sequence[Picture], total_steps: int | None, batches_per_step: int) -> str:
+    """How many steps an epoch has, and the run if that is known."""
+    per_epoch = -(-sum(row.batches for row in bucket_rows(pictures)) // batches_per_step)
     accumulated = f" of {batches_per_step} batches" if batches_per_step > 1 else ""
     text = f"{per_epoch} steps{accumulated} in an epoch"
     if total_steps is None:
-        return [f"{text}."]
-    epochs = total_steps / per_epoch
-    return [f"{text}; {total_steps} steps in all, {epochs:.3g} epochs."]
+        return f"{text}."
+    return f"{text}; {total_steps} steps in all, {total_steps / per_epoch:.3g} epochs."

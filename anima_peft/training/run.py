@@ -37,7 +37,7 @@ from .network import add_network, hash_merged, merge_base_weights, require_weigh
 from .optimizers import needs_card
 from .outputs import Outputs, require_free, resolve_folder
 from .prepare import prepare_model, prepare_parts
-from .samples import prepare_samples
+from .samples import planned_steps, prepare_samples, steps_of_epoch
 from .saving import Saver
 from .settings import other_settings, state_settings
 from .state import (
@@ -110,7 +110,7 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         _require_device(options, accelerator.device, dtype)
         require_weights(options)
         with accelerator.local_main_process_first():  # one process of a machine fetches what is missing
-            sources = _sources(options)
+            sources = locate_sources(options)
         check_encoders(sources.text_encoder, sources.vae)
         cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
         pictures = scan(config.datasets, cache_dir=cache_dir)
@@ -178,7 +178,7 @@ def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
     return Path(given)
 
 
-def _sources(options: TrainOptions) -> ModelSources:
+def locate_sources(options: TrainOptions) -> ModelSources:
     """Where each part is; what the tokenizers' folders lack is fetched."""
     model = options.model
     return resolve_sources(
@@ -205,14 +205,13 @@ def _require_device(options: TrainOptions, device: torch.device, dtype: torch.dt
 
 
 def _plan(options: TrainOptions, sources: ModelSources, hashes: ModelHashes, *, batches: int) -> RunFacts:
-    """How long the run is: of `max_train_steps` and `max_train_epochs` the shorter."""
-    steps_per_epoch = math.ceil(batches / options.loop.gradient_accumulation_steps)
-    limits = [options.loop.max_train_steps]
-    if options.loop.max_train_epochs is not None:
-        limits.append(options.loop.max_train_epochs * steps_per_epoch)
-    total = min(limit for limit in limits if limit is not None)
-    if len(limits) == 2 and limits[0] is not None:
-        logger.warning("max_train_steps = %d, max_train_epochs = %d steps: the shorter counts.", *limits)
+    loop = options.loop
+    total, steps_per_epoch = planned_steps(loop, batches), steps_of_epoch(loop, batches)
+    if loop.max_train_steps is not None and loop.max_train_epochs is not None:
+        by_epochs = loop.max_train_epochs * steps_per_epoch
+        logger.warning(
+            "max_train_steps = %d, max_train_epochs = %d steps: the shorter counts.", loop.max_train_steps, by_epochs
+        )
     return RunFacts(sources, hashes, batches, total, epochs=math.ceil(total / steps_per_epoch))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,7 @@ from .prepare import noise_sampler, sigma_sampler
 from .text_plan import plan_text
 
 if TYPE_CHECKING:
-    from ..config import TrainOptions
-
-logger = logging.getLogger(__name__)
+    from ..config import LoopOptions, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,19 @@ class Samples:
     dataset: CachedDataset
     complete: LiveEncoders
     notes: tuple[str, ...]
+
+
+def steps_of_epoch(loop: LoopOptions, batches: int) -> int:
+    """Optimizer steps in an epoch of so many batches; the last may have fewer than the others."""
+    return math.ceil(batches / loop.gradient_accumulation_steps)
+
+
+def planned_steps(loop: LoopOptions, batches: int) -> int:
+    """How long a run with so many batches in an epoch is: of `max_train_steps` and `max_train_epochs` the shorter."""
+    limits = [loop.max_train_steps]
+    if loop.max_train_epochs is not None:
+        limits.append(loop.max_train_epochs * steps_of_epoch(loop, batches))
+    return min(limit for limit in limits if limit is not None)
 
 
 def batches_of_run(sampler: BucketBatchSampler, batches_per_step: int, total_steps: int) -> Iterator[list[SampleKey]]:

@@ -9,9 +9,9 @@ import torch
 
 from ..data.caption_choice import is_random
 from ..data.pictures import Picture
+from ..data.summary import size_text
 
 MOST_KEPT = 8 * 2**30  # bytes of encoded captions that a program may put on a disk unasked
-_GIB = 2**30
 _CHARACTERS_PER_TOKEN = 3.5  # of tags in English, measured with both tokenizers; other languages have fewer
 
 
@@ -33,21 +33,20 @@ class TextPlan:
     size: int
     is_asked_for: bool
 
-    def sentence(self, encoder_size: int) -> str:
+    def sentence(self, encoder_size: int | None = None) -> str:
         """What was decided and what it costs.
 
         Args:
-            encoder_size: bytes of the text encoder in memory.
+            encoder_size: bytes of the text encoder in memory, if they are known.
         """
         if self.captions is None:
-            would = "" if self.is_asked_for else f", because kept they would take more than {_gib(MOST_KEPT)}"
-            return (
-                f"Captions are encoded in every step{would}: the text encoder stays in memory ({_gib(encoder_size)})."
-            )
+            why = "" if self.is_asked_for else f", because kept they would take more than {size_text(MOST_KEPT)}"
+            memory = "" if encoder_size is None else f" ({size_text(encoder_size)})"
+            return f"Captions are encoded in every step{why}: the text encoder stays in memory{memory}."
         count = f"{len(self.captions)} different captions"
         if self.varying:
             count += f" of {self.pictures} pictures, those of {self.varying} vary"
-        return f"Captions are encoded before training and kept: {count}, about {_gib(self.size)} on disk."
+        return f"Captions are encoded before training and kept: {count}, about {size_text(self.size)} on disk."
 
 
 def plan_text(
@@ -89,7 +88,3 @@ def entry_size(caption: str, max_length: int, width: int, dtype: torch.dtype) ->
     """About how many bytes an encoded caption takes."""
     tokens = min(max_length, int(len(caption.encode()) / _CHARACTERS_PER_TOKEN) + 1)
     return tokens * width * dtype.itemsize
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -113,7 +113,7 @@ def test_what_is_kept_is_decided_and_said(
     assert "different captions of 12 pictures, those of 12 vary, about" in text
     monkeypatch.setattr(text_plan, "MOST_KEPT", 1000)
     text = said("c", subset=CAPTIONS)
-    assert "Captions are encoded in every step, because kept they would take more than 0.0 MiB" in text
+    assert "Captions are encoded in every step, because kept they would take more than 1 KiB" in text
     assert len(encoded) == 3  # one batch a step
     text = said("d", "--cache_text_encoder_outputs", subset=CAPTIONS)
     assert "Captions are encoded before training and kept" in text
