@@ -32,6 +32,8 @@ class Found:
     """Its captions, one a line; None where it has neither captions nor the subset's class tokens."""
     mask: Path | None
     """The file of its mask, which may be the picture itself."""
+    leaves_lines: bool = False
+    """Whether it has further captions, which are not used."""
 
 
 def find(datasets: Sequence[DatasetSpec], faults: list[str]) -> Iterator[Found]:
@@ -52,7 +54,8 @@ def find(datasets: Sequence[DatasetSpec], faults: list[str]) -> Iterator[Found]:
                     continue
                 mask = _mask(path, subset, masks, faults)
                 caption = _caption(path, entry, subset, faults)
-                yield Found(path, dataset_index, dataset, subset, caption, mask)
+                used = caption if caption is None or subset.captions.enable_wildcard else caption.split("\n")[0]
+                yield Found(path, dataset_index, dataset, subset, used, mask, leaves_lines=used != caption)
 
 
 def picture_suffixes() -> frozenset[str]:
@@ -127,7 +130,7 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 
 def _caption(path: Path, entry: MetadataEntry | None, subset: SubsetSpec, faults: list[str]) -> str | None:
-    """The captions, the subset's class tokens where there are none, or None for neither."""
+    """All captions, the subset's class tokens where there are none, or None for neither."""
     if entry is not None:
         text = entry.text(subset.captions)
     else:
@@ -136,9 +139,7 @@ def _caption(path: Path, entry: MetadataEntry | None, subset: SubsetSpec, faults
         except InputError as error:
             faults.append(str(error))
             return ""
-    if text is None:
-        return subset.class_tokens
-    return text if subset.captions.enable_wildcard else text.split("\n")[0]
+    return subset.class_tokens if text is None else text
 
 
 def _masks(subset: SubsetSpec, where: str, faults: list[str]) -> dict[str, Path] | None:

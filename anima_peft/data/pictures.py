@@ -115,6 +115,10 @@ def scan(
         "%d pictures have neither a caption nor class_tokens and are trained with an empty caption: %s",
         [file.path for file in found if file.caption is None],
     )
+    _warn(
+        "%d pictures have several captions, of which only the first is used; set enable_wildcard to use all: %s",
+        [file.path for file in found if file.leaves_lines],
+    )
     return tuple(_balanced(pictures))
 
 

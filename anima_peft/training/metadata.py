@@ -78,8 +78,8 @@ def _run(train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, prog
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": time.time(),
         "ss_output_name": train.save.output_name,
-        "ss_num_train_images": sum(picture.num_repeats for picture in pictures),
-        "ss_num_reg_images": 0,
+        "ss_num_train_images": sum(picture.num_repeats for picture in pictures if not picture.is_reg),
+        "ss_num_reg_images": sum(picture.num_repeats for picture in pictures if picture.is_reg),
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.epochs,
         "ss_epoch": progress.epoch,
@@ -132,7 +132,8 @@ def _options(train: TrainOptions) -> Mapping[str, object]:
         "ss_mixed_precision": train.loop.mixed_precision,
         "ss_seed": train.loop.seed,
         "ss_max_token_length": train.model.anima_seq_len,
-        "ss_cache_latents": True,
+        "ss_cache_latents": train.loop.cache_latents,
+        "ss_prior_loss_weight": train.picture_loss.prior_loss_weight,
         **{
             f"ss_{name}": value
             for name, value in {**asdict(train.flow), **asdict(train.loss)}.items()
@@ -169,7 +170,7 @@ def tag_frequency(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
     """sd-scripts' `ss_tag_frequency`: folder name -> tag -> how often, for captions separated by commas."""
     frequency: dict[str, Counter[str]] = {}
     for picture in pictures:
-        tags = (tag.strip() for tag in picture.caption.split(","))
+        tags = (tag.strip() for line in picture.caption.split("\n") for tag in line.split(","))
         frequency.setdefault(picture.path.parent.name, Counter()).update(tag for tag in tags if tag)
     return {folder: dict(counter) for folder, counter in frequency.items()}
 
