@@ -22,6 +22,8 @@ from .files import read_toml
 from .migration import Migration
 from .network import ARGUMENT_LISTS
 from .options import Kind, Option, Rules, options_of
+from .prompt_files import read_prompts
+from .prompts import PromptLine
 from .reading import FAULTY, Faults, shown
 from .resolved import Line, compact, resolved_text
 from .schema import Found, Given, Schema
@@ -68,6 +70,7 @@ class RunConfig:
 
     Attributes:
         train: the options of the run.
+        previews: the prompts of `sample_prompts`.
         datasets: what it trains on.
         warnings: what is allowed and probably not meant, one sentence each.
         config_file: the train args TOML, if one was given.
@@ -79,6 +82,7 @@ class RunConfig:
     """
 
     train: TrainOptions
+    previews: tuple[PromptLine, ...]
     datasets: tuple[DatasetSpec, ...]
     warnings: tuple[str, ...]
     config_file: Path | None
@@ -144,12 +148,14 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     elif file is not None and file.pictures is not None:
         dataset_config = config_file
         datasets = read_datasets(file.pictures, _dataset_fallback(found), faults, file.paths)
+    previews = _previews(found, faults)
     if faults.texts or file is None or dataset_config is None:
         raise _report(faults, config_file, dataset_config)
     train = _train_options(found)
     lines = _train_lines(train, found)
     return RunConfig(
         train,
+        previews,
         datasets.specs,
         (*file.notes(), *datasets.warnings),
         config_file,
@@ -227,6 +233,18 @@ def _merge(found: dict[str, Found], arguments: Mapping[str, Found], faults: Faul
                 f"{shown(argument.value)} differs from {own.path} = {shown(own.value)}, "
                 "and both set the same option; keep one of them",
             )
+
+
+def _previews(found: Mapping[str, Found], faults: Faults) -> tuple[PromptLine, ...]:
+    """The prompts of the file that `sample_prompts` names."""
+    path = _path(found.get("sample_prompts"))
+    if path is None:
+        return ()
+    try:
+        return read_prompts(path)
+    except InputError as fault:
+        faults.add(found["sample_prompts"].path, str(fault))
+        return ()
 
 
 def _datasets(path: Path, found: Mapping[str, Found], faults: Faults) -> Datasets:
