@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,6 +50,9 @@ _KINDS = {
 }
 _NORM_ROLES = frozenset((_NORM, _NORM_BIAS, ABSOLUTE, ABSOLUTE_BIAS))
 # PEFT puts an adapter's name between a parameter's name and what follows, and takes it away again when it saves.
+_MOST_ENTRIES = 2**27
+"""Of a weight whose size is not known: small factors can declare one that no memory holds. Anima's have up to 2**24."""
+_LARGEST = torch.finfo(torch.float32).max
 _PEFT_INFIX = re.compile(
     r"\.(lora_A|lora_B|lora_magnitude_vector|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])\.default(?=\.|$)"
 )
@@ -147,6 +149,8 @@ def _difference(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...] | No
 
 
 def _require_size(out_features: int, in_features: int, shape: tuple[int, ...] | None) -> None:
+    if shape is None and out_features * in_features > _MOST_ENTRIES:
+        raise ValueError(f"factors for a {out_features}x{in_features} layer, which is larger than any of Anima's")
     if shape is not None and (out_features, in_features) != shape:
         raise ValueError(f"factors for a {out_features}x{in_features} layer, but it is {shape[0]}x{shape[1]}")
 
@@ -177,7 +181,7 @@ def _lokr(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...] | None, sc
         return LoKrFactors(w1, w2, _finite_alpha(tensors, rank, scales), rank)
     # Any alpha may stand beside full factors, and none of them counts; only PEFT's config scales them.
     scale = scales.full()
-    if not math.isfinite(scale):
+    if not abs(scale) <= _LARGEST:
         raise ValueError(f"its config scales it by {scale}")
     return LoKrFactors(w1 if scale == 1 else scaled_factor(w1, scale), w2, alpha=float(max(b, d)), dim=max(b, d))
 
@@ -256,7 +260,7 @@ def _finite_alpha(tensors: Mapping[str, torch.Tensor], rank: int, scales: Scales
     if given is not None and (given.numel() != 1 or given.is_complex()):
         raise ValueError(f"alpha has shape {list(given.shape)} and dtype {given.dtype}, expected one number")
     alpha = scales.alpha(rank) if given is None else float(given.float())
-    if not math.isfinite(alpha):
+    if not abs(alpha) <= _LARGEST:
         raise ValueError(f"alpha is {alpha}, expected a finite number")
     return alpha
 
