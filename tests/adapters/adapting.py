@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from anima_peft.adapters.factors import Factors as AnyFactors
 from anima_peft.adapters.factors import FullDelta, LoHaFactors, LoKrFactors, LoraFactors, NormDelta
@@ -73,6 +76,31 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 def assert_same_weights(found: Tensors, expected: Tensors) -> None:
     assert found.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a model that an adapter could change: every tensor's bits, every layer, who acts, and how strongly."""
+
+    tensors: dict[str, str]
+    layers: list[str]
+    adapters: list[tuple[str, tuple[str, ...], dict[str, float]]]
+    configs: dict[str, list[str]]
+
+    @staticmethod
+    def of(components: Mapping[str, torch.nn.Module]) -> Snapshot:
+        named = [(f"{c}.{path}", module) for c, model in components.items() for path, module in model.named_modules()]
+        layers = [(path, module) for path, module in named if isinstance(module, BaseTunerLayer)]
+        return Snapshot(
+            {
+                f"{c}.{key}": hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+                for c, model in components.items()
+                for key, tensor in model.state_dict().items()
+            },
+            [f"{path}: {type(module).__name__}" for path, module in named],
+            [(path, tuple(layer.active_adapters), dict(layer.scaling)) for path, layer in layers],
+            {c: list(getattr(model, "peft_config", ())) for c, model in components.items()},
+        )
 
 
 def table(model: AnimaTransformerModel) -> ModuleTable:
