@@ -262,9 +262,10 @@ def test_compiled_blocks_are_not_compiled_again(kind: str) -> None:
     model.enable_lora_hotswap(target_rank=4)
     model.load_lora_adapter(tensors_by_key(factors_of_kind(model, kind)), "one")
     counter = CompileCounter()
-    for block in (model.transformer.transformer_blocks[0], *model.text_conditioner.blocks):
+    for block in (model.transformer.transformer_blocks[0], model.text_conditioner.blocks[0]):
         block.compile(fullgraph=kind != "DoRA", backend=counter)  # PEFT's DoRA breaks the graph
-    output(model)
+    for _ in range(2):  # around DoRA's break torch settles with the second call
+        output(model)
     compiled = counter.frame_count
     assert compiled > 0
     for seed, rank in ((1, 2), (2, 4 if "LoRA" in kind or kind == "DoRA" else 2)):
