@@ -16,6 +16,7 @@ import torch
 
 from ..errors import InputError
 from ..models.dit import PREFIXES
+from ..models.names import CONDITIONER_PREFIX, native_to_diffusers
 from .factors import Factors, LoraFactors, Weights
 from .file_config import PEFT_CONFIG_NAME, read_config
 from .naming import KOHYA_PREFIX, KOHYA_TEXT_ENCODER_PREFIX, ModuleName, ModuleTable
@@ -41,6 +42,7 @@ _NOT_SUPPORTED = {
 }
 _MAX_SHOWN = 10
 _LONGEST_NAME = 400
+_NATIVE_ROOTS = {name.partition(".")[0] for name in (*native_to_diffusers(1), CONDITIONER_PREFIX)}
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,13 @@ def _style(key: str) -> str:
         return "lycoris"
     if stem.startswith((KOHYA_PREFIX, KOHYA_TEXT_ENCODER_PREFIX)):
         return "kohya"
-    if stem.startswith(("transformer.", "text_conditioner.", "text_encoder.")):
+    if stem.startswith(("transformer.", "text_conditioner.", "text_encoder.", "transformer_blocks.")):
         return "diffusers"
     if stem.startswith(_COMFY_PREFIX):
         return "comfy" if ".lora_A." in key or ".lora_B." in key else "comfy-hybrid"
-    return "original" if stem.startswith((*(p for p in PREFIXES if p), "blocks.", "llm_adapter.")) else "?"
+    if stem.startswith(tuple(filter(None, PREFIXES))) or stem.partition(".")[0] in _NATIVE_ROOTS:
+        return "original"
+    return "?"
 
 
 def _mixed_dora(weights: Weights) -> list[str]:
