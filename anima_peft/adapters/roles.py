@@ -52,6 +52,10 @@ _NORM_ROLES = frozenset((_NORM, _NORM_BIAS, ABSOLUTE, ABSOLUTE_BIAS))
 # PEFT puts an adapter's name between a parameter's name and what follows, and takes it away again when it saves.
 _MOST_ENTRIES = 2**27
 """Of a weight whose size is not known: small factors can declare one that no memory holds. Anima's have up to 2**24."""
+_PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
+"""Two numbers in a byte, which torch itself cannot convert."""
+_MOST_AXES = 4
+"""A linear's factors stored as those of a 1x1 convolution; torch itself goes up to 64."""
 _LARGEST = torch.finfo(torch.float32).max
 _PEFT_INFIX = re.compile(
     r"\.(lora_A|lora_B|lora_magnitude_vector|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])\.default(?=\.|$)"
@@ -103,8 +107,10 @@ def build_factors(
     """
     roles = tensors.keys() - {ALPHA}
     for role in sorted(roles):
-        if not tensors[role].is_floating_point():
+        if not tensors[role].is_floating_point() or tensors[role].dtype in _PACKED:
             raise ValueError(f"`{role}` has dtype {tensors[role].dtype}, expected floating point")
+        if tensors[role].ndim > _MOST_AXES:
+            raise ValueError(f"`{role}` has {tensors[role].ndim} axes, expected a matrix or a vector")
         if not tensors[role].float().isfinite().all():
             raise ValueError(f"`{role}` holds values that are not finite")
     if is_norm:
@@ -257,7 +263,9 @@ def _required(tensors: Mapping[str, torch.Tensor], role: str, instead: str | Non
 
 def _finite_alpha(tensors: Mapping[str, torch.Tensor], rank: int, scales: Scales) -> float:
     given = tensors.get(ALPHA)
-    if given is not None and (given.numel() != 1 or given.is_complex()):
+    if given is not None and (
+        given.numel() != 1 or given.ndim > _MOST_AXES or given.is_complex() or given.dtype in _PACKED
+    ):
         raise ValueError(f"alpha has shape {list(given.shape)} and dtype {given.dtype}, expected one number")
     alpha = scales.alpha(rank) if given is None else float(given.float())
     if not abs(alpha) <= _LARGEST:

@@ -1,0 +1,567 @@
+"""Hundreds of damaged files: each loads as what it says, or is refused with a clear error and nothing is changed.
+
+What a file says is read here a second time, by an interpreter of its own that knows kohya's keys only.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
+
+from anima_peft.adapters.exchange import read_adapter
+from anima_peft.adapters.naming import ModuleTable
+from anima_peft.adapters.sources import read_adapter_file
+from anima_peft.errors import InputError
+from anima_peft.transformer import AnimaTransformerModel
+from tests.adapters.adapting import (
+    CONDITIONER_MLP,
+    CONDITIONER_O,
+    MLP,
+    MODULATION,
+    OUT,
+    QUERY_NORM,
+    TO_Q,
+    Snapshot,
+    Tensors,
+    as_file,
+    dense,
+    diffusers_stem,
+    factors_of_kind,
+    kohya_stem,
+    output,
+    random_factors,
+    table,
+    tensors_by_key,
+    tiny_model,
+)
+
+Deltas = dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]
+"""Native name -> what is added to the weight and to the bias, in float64."""
+
+KIND_OF = {
+    TO_Q: "LoRA",
+    CONDITIONER_O: "LoRA",
+    MLP: "LoKr low-rank",
+    MODULATION: "LoKr full",
+    OUT: "LoHa",
+    CONDITIONER_MLP: "LoRA and biases",
+    "llm_adapter.out_proj": "full difference and biases",
+    QUERY_NORM: "norms",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> AnimaTransformerModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def modules(model: AnimaTransformerModel) -> ModuleTable:
+    return table(model)
+
+
+@pytest.fixture(scope="module")
+def untouched(model: AnimaTransformerModel) -> Snapshot:
+    return Snapshot.of(model.components)
+
+
+@pytest.fixture(scope="module")
+def healthy(model: AnimaTransformerModel) -> Tensors:
+    """One file with every kind in it."""
+    factors: dict[Any, Any] = {}
+    for native, kind in KIND_OF.items():
+        factors |= {name: f for name, f in factors_of_kind(model, kind).items() if name.native == native}
+    assert len(factors) == len(KIND_OF)
+    return tensors_by_key(factors)
+
+
+PART = re.compile(
+    r"(.+)\.(lora_(?:down|up)\.weight|alpha|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|diff|diff_b|w_norm|b_norm)"
+)
+
+
+def interpret(tensors: Tensors, modules: ModuleTable) -> Deltas | None:
+    """What the tensors add to the model, by the definitions; None if they are no adapter of it."""
+    by_stem = {kohya_stem(name.native): name for name in (*modules.linears, *modules.norms)}
+    grouped: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        match = PART.fullmatch(key)
+        if match is None or match[1] not in by_stem:
+            return None
+        if match[2] != "alpha" and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            return None
+        grouped.setdefault(match[1], {})[match[2]] = tensor if match[2] == "alpha" else tensor.double()
+    deltas: Deltas = {}
+    for stem, parts in grouped.items():
+        name = by_stem[stem]
+        shape = modules.shape(name)
+        assert shape is not None
+        try:
+            weight, bias = delta_of(parts, is_norm=modules.is_norm(name))
+        except (RuntimeError, KeyError, ValueError, ZeroDivisionError):
+            return None
+        if weight is not None and tuple(weight.shape) != shape:
+            return None
+        if bias is not None and (tuple(bias.shape) != shape[:1] or not modules.has_bias(name)):
+            return None
+        deltas[name.native] = weight, bias
+    return deltas or None
+
+
+def delta_of(parts: Tensors, *, is_norm: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A module's two deltas. Raises what torch and dictionaries raise where parts are missing or do not multiply."""
+    rest = dict(parts)
+    if is_norm:
+        bias = rest.pop("b_norm", None)
+        return only(rest, "w_norm"), bias
+    bias, alpha = rest.pop("diff_b", None), rest.pop("alpha", None)
+    kinds = {key.split("_")[0] for key in rest}
+    if not rest and bias is not None:
+        return None, bias
+    if kinds == {"diff"}:
+        return only(rest, "diff"), bias
+    if kinds == {"lora"}:
+        down, up = rest.pop("lora_down.weight"), rest.pop("lora_up.weight")
+        return matrix(up) @ matrix(down) * scale(alpha, len(down)), bias
+    if kinds == {"hada"}:
+        (a, b), (c, d) = ((rest.pop(f"hada_w{n}_a"), rest.pop(f"hada_w{n}_b")) for n in (1, 2))
+        if len(b) != len(d) or a.shape != c.shape or b.shape != d.shape:
+            raise ValueError
+        return (matrix(a) @ matrix(b)) * (matrix(c) @ matrix(d)) * scale(alpha, len(b)), bias
+    if kinds != {"lokr"}:
+        raise ValueError
+    ranks, full = [], []
+    for n in (2, 1):
+        if f"lokr_w{n}" in rest:
+            full.append(matrix(rest.pop(f"lokr_w{n}")))
+        else:
+            left, right = matrix(rest.pop(f"lokr_w{n}_a")), matrix(rest.pop(f"lokr_w{n}_b"))
+            ranks.append(len(right))
+            full.append(left @ right)
+    if rest:
+        raise ValueError
+    return torch.kron(full[1], full[0]) * (scale(alpha, ranks[0]) if ranks else 1.0), bias
+
+
+def only(parts: Tensors, key: str) -> torch.Tensor:
+    if parts.keys() != {key}:
+        raise ValueError
+    return parts[key]
+
+
+def matrix(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError
+    return tensor
+
+
+def scale(alpha: torch.Tensor | None, rank: int) -> float:
+    if alpha is None:
+        return 1.0
+    if alpha.numel() != 1 or alpha.is_complex() or not alpha.float().isfinite().all():
+        raise ValueError
+    return float(alpha.float()) / rank
+
+
+def require_whole_or_nothing(
+    path: Path, model: AnimaTransformerModel, modules: ModuleTable, untouched: Snapshot
+) -> Deltas | None:
+    """Load the file, hold the outcome against `interpret`, and leave the model as it was."""
+    try:
+        expected = interpret(load_file(path), modules)
+    except SafetensorError:
+        expected = None
+    if expected is None:
+        with pytest.raises(InputError) as error:
+            model.load_lora_adapter(path, "mutant")
+        assert str(path) in str(error.value)
+        assert len(str(error.value)) < 5000
+        assert Snapshot.of(model.components) == untouched
+        return None
+    model.load_lora_adapter(path, "mutant")
+    found = {name.native: factors for name, factors in read_adapter(model.components, "mutant").items()}
+    assert found.keys() == expected.keys()
+    for native, (weight, bias) in expected.items():
+        same = [(found[native].bias, bias)]
+        if weight is not None:
+            same.append((dense(found[native]), weight))
+        for ours, theirs in same:
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs is not None:
+                assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()
+    model.delete_adapters("mutant")
+    assert Snapshot.of(model.components) == untouched
+    return expected
+
+
+def test_the_healthy_file_loads(
+    healthy: Tensors, model: AnimaTransformerModel, modules: ModuleTable, untouched: Snapshot, tmp_path: Path
+) -> None:
+    save_file(healthy, tmp_path / "a.safetensors")
+    expected = require_whole_or_nothing(tmp_path / "a.safetensors", model, modules, untouched)
+    assert expected is not None
+    assert expected.keys() == KIND_OF.keys()
+    explicit = tiny_model()
+    with torch.no_grad():
+        for name in (*modules.linears, *modules.norms):
+            weight, bias = expected.get(name.native, (None, None))
+            module = explicit.components[name.component].get_submodule(name.path)
+            for parameter, delta in ((module.weight, weight), (module.bias, bias)) if weight is not None else ():
+                if delta is not None:
+                    parameter += delta.float()
+    model.load_lora_adapter(tmp_path / "a.safetensors", "healthy")
+    torch.testing.assert_close(output(model), output(explicit), atol=1e-4, rtol=1e-4)
+    model.delete_adapters("healthy")
+
+
+def truncated(rng: random.Random, content: bytes) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def lengthened(rng: random.Random, content: bytes) -> bytes:
+    return content + rng.randbytes(rng.randrange(1, 99))
+
+
+def header_byte_changed(rng: random.Random, content: bytes) -> bytes:
+    at = rng.randrange(8 + int.from_bytes(content[:8], "little"))
+    return content[:at] + rng.randbytes(1) + content[at + 1 :]
+
+
+def header_digit_changed(rng: random.Random, content: bytes) -> bytes:
+    """Offsets, sizes, blocks' numbers, dtypes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    at = rng.choice([at for at in range(8, end) if content[at : at + 1].isdigit()])
+    return content[:at] + rng.choice(b"0123456789").to_bytes(1, "little") + content[at + 1 :]
+
+
+def data_bytes_changed(rng: random.Random, content: bytes) -> bytes:
+    start = 8 + int.from_bytes(content[:8], "little")
+    changed = bytearray(content)
+    for _ in range(rng.choice((1, 20, 500))):
+        changed[rng.randrange(start, len(changed))] = rng.randrange(256)
+    return bytes(changed)
+
+
+def bytes_moved(rng: random.Random, content: bytes) -> bytes:
+    start, end = sorted(rng.randrange(len(content)) for _ in range(2))
+    return content[:start] + content[end:] + content[start:end]
+
+
+BYTES: dict[str, Callable[[random.Random, bytes], bytes]] = {
+    change.__name__: change
+    for change in (truncated, lengthened, header_byte_changed, header_digit_changed, data_bytes_changed, bytes_moved)
+}
+
+
+@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("change", BYTES)
+def test_damaged_bytes(
+    change: str,
+    seed: int,
+    healthy: Tensors,
+    model: AnimaTransformerModel,
+    modules: ModuleTable,
+    untouched: Snapshot,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(BYTES[change](random.Random(f"{change} {seed}"), save(healthy, {"ss_note": "mine"})))
+    outcome = require_whole_or_nothing(path, model, modules, untouched)
+    if change in ("truncated", "lengthened"):
+        assert outcome is None
+
+
+def misshapen(rng: random.Random, tensors: Tensors) -> None:
+    key = rng.choice(list(tensors))
+    tensor = tensors[key]
+    shapes = [tensor.T if tensor.ndim == 2 else tensor[None], tensor.reshape(-1), tensor[..., None]]
+    if tensor.ndim:
+        shapes += [torch.cat([tensor, tensor]), tensor[: len(tensor) // 2], tensor[None], tensor[:0]]
+    tensors[key] = rng.choice(shapes).clone()
+
+
+def shapes_swapped(rng: random.Random, tensors: Tensors) -> None:
+    one, other = rng.sample(list(tensors), 2)
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def huge_rank(rng: random.Random, tensors: Tensors) -> None:
+    """One factor, both, or both but for one row, of rank 5000."""
+    stem, generator = kohya_stem(TO_Q), torch.Generator().manual_seed(rng.randrange(99))
+    case = rng.randrange(3)
+    tensors[f"{stem}.lora_down.weight"] = torch.randn(5000, 64, generator=generator)
+    if case:
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(64, 5000 - (case == 1), generator=generator)
+
+
+def not_finite(rng: random.Random, tensors: Tensors) -> None:
+    key = rng.choice(list(tensors))
+    changed = tensors[key].clone()
+    changed.view(-1)[rng.randrange(changed.numel())] = rng.choice([float("nan"), float("inf"), -float("inf"), 3e38])
+    tensors[key] = changed
+
+
+DTYPES = ("float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16", "bool", "complex64")
+
+
+def other_dtype(rng: random.Random, tensors: Tensors) -> None:
+    key = rng.choice(list(tensors))
+    tensors[key] = tensors[key].to(getattr(torch, rng.choice(DTYPES)))
+
+
+def another_models_keys(rng: random.Random, tensors: Tensors) -> None:
+    theirs = [
+        "lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+        "lora_transformer_single_transformer_blocks_3_attn_to_q.lora_A.weight",
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight",
+        "lora_unet_blocks_27_self_attn_q_proj.lora_down.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "lora_te_layers_0_self_attn_q_proj.lora_down.weight",
+        "blocks.0.self_attn.q_proj.weight",
+        f"{kohya_stem(TO_Q)}.oft_blocks",
+    ]
+    if rng.random() < 0.5:
+        tensors.clear()
+    tensors |= {key: torch.ones(4, 4) for key in rng.sample(theirs, rng.randrange(1, 5))}
+
+
+def named_twice(rng: random.Random, tensors: Tensors) -> None:
+    """A module in two styles: all of its parts, or some here and some there."""
+    native = rng.choice([TO_Q, CONDITIONER_O, MLP, OUT, QUERY_NORM])
+    stem = rng.choice(["diffusion_model.{}", "net.{}", "{}", "model.diffusion_model.{}", "lycoris"]).format(native)
+    stem = "lycoris_" + native.replace(".", "_") if stem == "lycoris" else stem
+    stem = rng.choice([stem, diffusers_stem(native) if native != QUERY_NORM else stem])
+    own = [key for key in tensors if key.startswith(kohya_stem(native) + ".")]
+    moved = rng.random() < 0.5 and len(own) > 1
+    for key in rng.sample(own, rng.randrange(1, len(own) if moved else len(own) + 1)):
+        tensors[key.replace(kohya_stem(native), stem)] = tensors.pop(key) if moved else tensors[key]
+
+
+def keys_missing(rng: random.Random, tensors: Tensors) -> None:
+    for key in rng.sample(list(tensors), rng.choice((1, 1, 2, len(tensors) - 1, len(tensors)))):
+        del tensors[key]
+
+
+def misspelt(rng: random.Random, tensors: Tensors) -> None:
+    key = rng.choice(list(tensors))
+    at = rng.randrange(len(key))
+    tensors[key[:at] + rng.choice(["", "_", ".", key[at] * 2, "0", "1", "\n", "é"]) + key[at + 1 :]] = tensors.pop(key)
+
+
+TENSORS: dict[str, Callable[[random.Random, Tensors], None]] = {
+    change.__name__: change
+    for change in (
+        misshapen,
+        shapes_swapped,
+        huge_rank,
+        not_finite,
+        other_dtype,
+        another_models_keys,
+        named_twice,
+        keys_missing,
+        misspelt,
+    )
+}
+
+
+@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("change", TENSORS)
+def test_damaged_tensors(
+    change: str,
+    seed: int,
+    healthy: Tensors,
+    model: AnimaTransformerModel,
+    modules: ModuleTable,
+    untouched: Snapshot,
+    tmp_path: Path,
+) -> None:
+    tensors = dict(healthy)
+    TENSORS[change](random.Random(f"{change} {seed}"), tensors)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    outcome = require_whole_or_nothing(tmp_path / "a.safetensors", model, modules, untouched)
+    if change in ("another_models_keys", "named_twice"):
+        assert outcome is None
+
+
+def container(header: object, data: bytes = b"\0" * 64) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: str = "F32", shape: tuple[int, ...] = (4, 4), offsets: tuple[int, int] = (0, 64)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+KEY = f"{kohya_stem(TO_Q)}.diff"
+LIES: dict[str, bytes] = {
+    "empty": b"",
+    "no header": b"\0" * 8,
+    "a header of 2^63 bytes": struct.pack("<Q", 2**63) + b"{}",
+    "a header of 90 MB": struct.pack("<Q", 90_000_000) + b"{}",
+    "a header longer than the file": struct.pack("<Q", 500) + b"{}",
+    "no JSON": container(b"{" * 100),
+    "deep JSON": container(b'{"a":' * 100_000),
+    "a deep list": container(b"[" * 100_000 + b"]" * 100_000),
+    "a list": container([]),
+    "null": container(b"null"),
+    "no UTF-8": container(b'{"\xff": 1}'),
+    "half a surrogate": container(b'{"\\ud800": ' + json.dumps(entry()).encode() + b"}"),
+    "an entry without a dtype": container({KEY: {"shape": [4, 4], "data_offsets": [0, 64]}}),
+    "an unknown dtype": container({KEY: entry("F99")}),
+    "a dtype that torch lacks": container({KEY: entry("F6_E2M3", (32,), (0, 24))}, b"\0" * 24),
+    "packed numbers": container({KEY: entry("F4", (8, 16))}),
+    "packed alpha": container({f"{kohya_stem(TO_Q)}.alpha": entry("F4", (2,), (0, 1))}, b"\0"),
+    "a size that overflows": container({KEY: entry(shape=(2**62, 2**62))}),
+    "a negative size": container({KEY: entry(shape=(-4, -4))}),
+    "a size beyond the data": container({KEY: entry(shape=(2**20, 2**20))}),
+    "offsets beyond the file": container({KEY: entry(offsets=(0, 10**15))}),
+    "offsets backwards": container({KEY: entry(offsets=(64, 0))}),
+    "offsets that overlap": container({KEY: entry(), "b": entry(offsets=(32, 96))}, b"\0" * 96),
+    "a hole between tensors": container({KEY: entry(), "b": entry(offsets=(80, 144))}, b"\0" * 144),
+    "half of the sizes": container({KEY: entry(shape=(4, 2))}),
+    "fractions": container({KEY: {"dtype": "F32", "shape": [4.5, 4], "data_offsets": [0, 64]}}),
+    "no tensors": container({"__metadata__": {"a": "b"}}, b""),
+    "metadata of numbers": container({"__metadata__": {"a": 1}, KEY: entry()}),
+    "an empty layer": container({KEY: entry(shape=(0, 10**9), offsets=(0, 0))}, b""),
+    "two hundred axes": container({KEY: entry(shape=(1,) * 200, offsets=(0, 4))}, b"\0" * 4),
+    "an alpha of two hundred axes": container(
+        {
+            f"{kohya_stem(TO_Q)}.lora_down.weight": entry(shape=(1, 64), offsets=(0, 256)),
+            f"{kohya_stem(TO_Q)}.lora_up.weight": entry(shape=(64, 1), offsets=(256, 512)),
+            f"{kohya_stem(TO_Q)}.alpha": entry(shape=(1,) * 200, offsets=(512, 516)),
+        },
+        b"\0" * 516,
+    ),
+    "a pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00cos\nsystem\n.",
+    "a zip": b"PK\x03\x04" + b"\0" * 60,
+    "HTML": b"<!DOCTYPE html><html><body>404</body></html>",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie(lie: str, model: AnimaTransformerModel, untouched: Snapshot, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(LIES[lie])
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        model.load_lora_adapter(path)
+    assert Snapshot.of(model.components) == untouched
+
+
+CONFIG = "lora_adapter_metadata"
+NINES = "9" * 5000
+
+
+def config(**options: Any) -> str:
+    return json.dumps({f"transformer.{name}": value for name, value in options.items()})
+
+
+# What has no bearing on the adapter, however absurd, is only shown.
+IDLE = {
+    "numbers that are none": {"ss_network_dim": "1e999", "ss_network_alpha": "NaN", "modelspec.resolution": "-1x"},
+    "a megabyte": {"ss_tag_frequency": "{" * 1_000_000},
+    "control characters": {"\x1b[2J\x00": "\x1b]0;x\x07", "ss_a\n": "\u202e"},
+    "another architecture": {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
+    "no config": {CONFIG: ""},
+    "an empty config": {CONFIG: "{}"},
+    "a config of others": {CONFIG: json.dumps({"unet.r": "x", "text_encoder.lora_alpha": [], "": None})},
+    "a hundred thousand options": {CONFIG: json.dumps({f"transformer.o{i}": i for i in range(100_000)})},
+}
+ABSURD = {
+    "no JSON": "{",
+    "a list": "[]",
+    "a number": "7",
+    "deep JSON": '{"transformer.lora_alpha":' + "[" * 100_000,
+    "an alpha of 5000 digits": f'{{"transformer.lora_alpha": {NINES}}}',
+    "an alpha of 400 digits": f'{{"transformer.lora_alpha": {NINES[:400]}}}',
+    "an infinite alpha": '{"transformer.lora_alpha": 1e999}',
+    "a huge alpha": config(lora_alpha=1e300),
+    "NaN": '{"transformer.lora_alpha": NaN}',
+    "an alpha in words": config(lora_alpha="16"),
+    "an alpha of truth": config(lora_alpha=True),
+    "a table of alphas": config(lora_alpha={"a": 1}),
+    "patterns in a list": config(lora_alpha=1, alpha_pattern=["a"]),
+    "a pattern in words": config(lora_alpha=1, alpha_pattern="a"),
+    "a pattern that never ends": config(lora_alpha=1, alpha_pattern={"(.*)*x": 2}),
+    "another": config(lora_alpha=1, alpha_pattern={"([a-z.]+)+$": 2}),
+    "many repetitions": config(lora_alpha=1, alpha_pattern={".*" * 30 + "x": 2}),
+    "many patterns": config(lora_alpha=1, alpha_pattern={f"m{i}": 2 for i in range(100_000)}),
+    "a huge pattern": config(lora_alpha=1, alpha_pattern={"a|" * 1_000_000: 2}),
+    "a pattern's absurd value": config(lora_alpha=1, alpha_pattern={"to_q": [1e9]}),
+    "a rank that is none": config(lora_alpha=1, rank_pattern=7),
+    "DoRA without magnitudes": config(lora_alpha=1, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("text", IDLE)
+def test_idle_metadata_is_no_hindrance(
+    text: str,
+    healthy: Tensors,
+    model: AnimaTransformerModel,
+    modules: ModuleTable,
+    untouched: Snapshot,
+    tmp_path: Path,
+) -> None:
+    save_file(healthy, tmp_path / "a.safetensors", IDLE[text])
+    assert require_whole_or_nothing(tmp_path / "a.safetensors", model, modules, untouched) is not None
+
+
+@pytest.mark.parametrize("text", ABSURD)
+def test_an_absurd_config_is_refused(
+    text: str, model: AnimaTransformerModel, untouched: Snapshot, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = as_file(random_factors(model, (TO_Q, MLP)), "diffusers", alphas=False)
+    save_file(tensors, path, {CONFIG: ABSURD[text]})
+    with pytest.raises(InputError, match=re.escape(str(path))) as error:
+        model.load_lora_adapter(path)
+    assert len(str(error.value)) < 2000
+    assert Snapshot.of(model.components) == untouched
+
+
+@pytest.mark.parametrize("options", [{"lora_alpha": 0}, {"lora_alpha": -3}, {"lora_alpha": 1e-300}, {"r": 10**400}])
+def test_odd_configs_mean_what_they_say(options: Any, model: AnimaTransformerModel, untouched: Snapshot) -> None:
+    from anima_peft.adapters.reading import AdapterFile, parse
+
+    factors = random_factors(model, (TO_Q,))
+    tensors = as_file(factors, "diffusers", alphas=False)
+    ((_, found),) = parse(AdapterFile("a file", tensors, {CONFIG: config(**options)}), table(model)).items()
+    assert found.scale == options.get("lora_alpha", 2) / 2
+
+
+def test_a_hundred_thousand_keys(model: AnimaTransformerModel, untouched: Snapshot, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    entries = {f"lora_unet_blocks_{i}_mlp_layer1.alpha": entry("F16", (), (2 * i, 2 * i + 2)) for i in range(100_000)}
+    path.write_bytes(container(entries, bytes(200_000)))
+    with pytest.raises(InputError, match="and 99994 more keys"):
+        model.load_lora_adapter(path)
+    assert Snapshot.of(model.components) == untouched
+
+
+@pytest.mark.parametrize("piece", [".lora_B.", "blocks.1", "__anima_norm__.", ".modules_to_save", "lora_te_", "a1."])
+def test_endless_keys(piece: str, model: AnimaTransformerModel, untouched: Snapshot) -> None:
+    """Patterns meet a key of a megabyte that nearly matches them over and over."""
+    with pytest.raises(InputError) as error:
+        model.load_lora_adapter({piece * (1_000_000 // len(piece)): torch.zeros(2)})
+    assert len(str(error.value)) < 1000
+    assert Snapshot.of(model.components) == untouched
+
+
+def test_reading_keeps_no_hold_on_the_file(healthy: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(healthy, path)
+    read = read_adapter_file(path).tensors
+    path.unlink()
+    assert all(torch.equal(read[key], tensor) for key, tensor in healthy.items())
