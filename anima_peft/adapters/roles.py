@@ -263,10 +263,10 @@ def _required(tensors: Mapping[str, torch.Tensor], role: str, instead: str | Non
 
 def _finite_alpha(tensors: Mapping[str, torch.Tensor], rank: int, scales: Scales) -> float:
     given = tensors.get(ALPHA)
-    if given is not None and (
-        given.numel() != 1 or given.ndim > _MOST_AXES or given.is_complex() or given.dtype in _PACKED
-    ):
-        raise ValueError(f"alpha has shape {list(given.shape)} and dtype {given.dtype}, expected one number")
+    if given is not None and (given.numel() != 1 or given.ndim > _MOST_AXES):
+        raise ValueError(f"alpha has shape {list(given.shape)[:8]}, expected one number")
+    if given is not None and (given.is_complex() or given.dtype in _PACKED):
+        raise ValueError(f"alpha has dtype {given.dtype}, expected a plain number")
     alpha = scales.alpha(rank) if given is None else float(given.float())
     if not abs(alpha) <= _LARGEST:
         raise ValueError(f"alpha is {alpha}, expected a finite number")
