@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from diffusers.modular_pipelines.anima import AnimaAutoBlocks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +28,7 @@ from tests.adapters.adapting import (
     QUERY_NORM,
     TO_Q,
     Tensors,
+    add_explicitly,
     as_file,
     assert_close,
     assert_same_weights,
@@ -143,6 +145,18 @@ def test_the_output_is_the_same(tmp_path: Path) -> None:
         model = tiny_model()
         model.load_lora_adapter(convert(start, tmp_path / f"{style}.safetensors", style).path)
         assert_close(output(model), output(expected), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_stock_diffusers_loads_what_was_converted(kind: str, tmp_path: Path) -> None:
+    model, factors = tiny_model(), factors_of_kind(tiny_model(), kind, alpha=0.7)
+    start = written(tensors_by_key(factors), tmp_path / "start.safetensors")
+    pipe = AnimaAutoBlocks().init_pipeline()
+    pipe.update_components(transformer=model.transformer, text_conditioner=model.text_conditioner)
+    pipe.load_lora_weights(str(convert(start, tmp_path / "new.safetensors", "diffusers").path))
+    explicit = tiny_model()
+    add_explicitly(explicit, factors)
+    assert_close(output(model), output(explicit), 1e-5)
 
 
 def test_infinite_alphas_beside_full_factors_become_finite_ones(model: AnimaTransformerModel, tmp_path: Path) -> None:

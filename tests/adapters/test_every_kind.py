@@ -15,8 +15,11 @@ import torch
 from lycoris.modules.loha import LohaModule
 from safetensors.torch import load_file, save_file
 
+from anima_peft.adapters import injection
+from anima_peft.adapters.conversion import convert
 from anima_peft.adapters.exchange import read_adapter
 from anima_peft.adapters.factors import LoHaFactors, tensors_of
+from anima_peft.adapters.inspection import inspect_adapter
 from anima_peft.adapters.naming import ModuleTable
 from anima_peft.adapters.reading import AdapterFile, parse
 from anima_peft.errors import InputError
@@ -29,6 +32,7 @@ from tests.adapters.adapting import (
     QUERY_NORM,
     STYLES,
     TO_Q,
+    Snapshot,
     Tensors,
     add_explicitly,
     as_file,
@@ -136,6 +140,9 @@ def test_two_adapters_on_one_module_add_up(first: str, second: str) -> None:
     model.unfuse_lora()
     model.delete_adapters("one")
     assert_close(output(model), explicitly((two, -0.7)), TOLERANCE)
+    alone = tiny_model()
+    alone.load_lora_adapter(tensors_by_key(two), "two")
+    assert [type(module) for module in model.modules()] == [type(module) for module in alone.modules()]
     model.delete_adapters("two")
     for name, tensor in model.state_dict().items():  # fusing has rounded them
         torch.testing.assert_close(tensor, base[name], atol=1e-6, rtol=0)
@@ -212,6 +219,29 @@ def test_old_absolute_norms_count_from_the_base_not_from_what_acts_on_it() -> No
     with torch.no_grad():
         expected.transformer.transformer_blocks[0].attn1.norm_q.weight.copy_(value)
     assert_close(output(model), output(expected), TOLERANCE)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["first adapter", "beside another"])
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr low-rank", "full difference and biases", "norms"])
+def test_an_injection_that_runs_out_of_memory_leaves_no_layer(
+    kind: str, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    if beside:
+        model.load_lora_adapter(tensors_by_key(factors_of_kind(model, "LoRA", seed=1)), "other")
+        model.set_adapters("other", 0.5)
+    before, calls = Snapshot.of(model.components), iter(range(1))
+    replace = injection._replace
+
+    def run_out(*arguments: Any) -> None:
+        if next(calls, None) is None:
+            raise MemoryError
+        replace(*arguments)
+
+    monkeypatch.setattr(injection, "_replace", run_out)
+    with pytest.raises(MemoryError):
+        model.load_lora_adapter(tensors_by_key(factors_of_kind(model, kind)), "new")
+    assert Snapshot.of(model.components) == before
 
 
 STEM = kohya_stem(TO_Q)
@@ -324,6 +354,16 @@ def test_pefts_own_folders_give_pefts_own_output(peft_folder: tuple[Path, torch.
     again = tiny_model()
     again.load_lora_adapter(folder)
     assert torch.equal(output(again), output(model))
+
+
+@pytest.mark.parametrize("peft_folder", ["rsLoRA", "LoKr full, which PEFT scales", "LoHa"], indirect=True)
+def test_pefts_folders_are_converted_and_inspected(peft_folder: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    folder, expected = peft_folder
+    assert inspect_adapter(folder).refusal is None
+    assert set(inspect_adapter(folder).styles) == {"PEFT"}
+    model = tiny_model()
+    model.load_lora_adapter(convert(folder, tmp_path / "kohya.safetensors", "kohya").path)
+    assert_close(output(model), expected, TOLERANCE)
 
 
 CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
