@@ -25,21 +25,26 @@ from .roles import ABSOLUTE, ABSOLUTE_BIAS, ALPHA, build_factors, split_key
 _COMFY_PREFIX = "diffusion_model."
 _LYCORIS_PREFIX = "lycoris_"
 _PEFT_PREFIX = "base_model.model."
-_NOT_SUPPORTED = {
-    r"\.lokr_t2$": "LoKr of convolutions",
-    r"\.hada_t[12]$": "LoHa of convolutions",
-    r"\.lora_mid(\.|$)": "LoRA of convolutions (CP decomposition)",
-    r"\.(oft_|coft|boft_)": "OFT",
-    r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
-    r"\.(on_input|ia3_)": "(IA)^3",
-    r"\.vera_": "VeRA",
-    r"\.lora_embedding_[AB]": "LoRA of embeddings",
-    r"\.lora_B\.(.+\.)?bias$": "LoRA with trained biases",
-    r"\.modules_to_save\.": "PEFT's modules_to_save",
-    r"^emb_params$|^string_to_param": "textual inversion",
-    rf"^({KOHYA_TEXT_ENCODER_PREFIX}|text_encoder\.)": "the text encoder's part (load it through the whole pipeline)",
-    r"^lora_te\d_": "another model's text encoder",
-}
+_NOT_SUPPORTED = [
+    (re.compile(pattern), kind)
+    for pattern, kind in {
+        r"\.lokr_t2$": "LoKr of convolutions",
+        r"\.hada_t[12]$": "LoHa of convolutions",
+        r"\.lora_mid(\.|$)": "LoRA of convolutions (CP decomposition)",
+        r"\.(oft_|coft|boft_)": "OFT",
+        r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
+        r"\.(on_input|ia3_)": "(IA)^3",
+        r"\.vera_": "VeRA",
+        r"\.lora_embedding_[AB]": "LoRA of embeddings",
+        r"\.lora_B\.(.+\.)?bias$": "LoRA with trained biases",
+        r"\.modules_to_save\.": "PEFT's modules_to_save",
+        r"^emb_params$|^string_to_param": "textual inversion",
+        rf"^({KOHYA_TEXT_ENCODER_PREFIX}|text_encoder\.)": (
+            "the text encoder's part (load it through the whole pipeline)"
+        ),
+        r"^lora_te\d_": "another model's text encoder",
+    }.items()
+]
 _MAX_SHOWN = 10
 _LONGEST_NAME = 400
 _NATIVE_ROOTS = {name.partition(".")[0] for name in (*native_to_diffusers(1), CONDITIONER_PREFIX)}
@@ -182,7 +187,7 @@ def _describe_unknown(keys: Iterable[str]) -> list[str]:
     for key in keys:
         # Cut: the time that a search takes grows with the square of a key's length.
         start = key[:_LONGEST_NAME]
-        kind = next((kind for pattern, kind in _NOT_SUPPORTED.items() if re.search(pattern, start)), "")
+        kind = next((kind for pattern, kind in _NOT_SUPPORTED if pattern.search(start)), "")
         by_kind.setdefault(kind, []).append(_shown(key))
     return [
         (f"{kind} cannot be loaded here: " if kind else "names no known module or part: ")

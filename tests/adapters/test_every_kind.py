@@ -1,29 +1,24 @@
-"""Every kind of adapter file: LoHa, whole differences, biases, old norms, PEFT's folders, the text encoder's part."""
+"""Every kind of adapter file: LoHa, whole differences, biases, old norms, and all of them together."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from lycoris.modules.loha import LohaModule
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from anima_peft.adapters import injection
-from anima_peft.adapters.conversion import convert
 from anima_peft.adapters.exchange import read_adapter
 from anima_peft.adapters.factors import LoHaFactors, tensors_of
-from anima_peft.adapters.inspection import inspect_adapter
 from anima_peft.adapters.naming import ModuleTable
 from anima_peft.adapters.reading import AdapterFile, parse
 from anima_peft.errors import InputError
-from anima_peft.pipeline import AnimaPipeline
 from anima_peft.transformer import AnimaTransformerModel
 from tests.adapters.adapting import (
     BIASED,
@@ -48,7 +43,6 @@ from tests.adapters.adapting import (
     tensors_by_key,
     tiny_model,
 )
-from tests.components import tiny_pipeline_components, tiny_text_encoder
 
 TOLERANCE = 1e-5
 tiny_model_shared = cache(tiny_model)  # for its names and sizes; never changed
@@ -304,148 +298,6 @@ def test_mistakes_of_the_new_kinds_are_refused(tensors: Tensors, words: str) -> 
         model.load_lora_adapter(tensors)
     assert words in str(error.value)
     assert_same_weights(dict(model.state_dict()), base_weights(tiny_model()))
-
-
-SOME = ["attn1.to_q", "attn2.to_k", "ff.net.2", "norm_out.linear_2"]
-PEFT_CONFIGS: dict[str, peft.PeftConfig] = {
-    "LoRA": peft.LoraConfig(r=3, lora_alpha=5, target_modules=SOME),
-    "rsLoRA": peft.LoraConfig(r=3, lora_alpha=5, target_modules=SOME, use_rslora=True),
-    "DoRA": peft.LoraConfig(r=3, lora_alpha=5, target_modules=SOME, use_dora=True),
-    "patterns": peft.LoraConfig(
-        r=3,
-        lora_alpha=5,
-        target_modules=SOME,
-        rank_pattern={"attn1.to_q": 2, r".*\.1\.ff\.net\.2": 4},
-        alpha_pattern={"to_k": 7, "^transformer_blocks.0.ff.net.2": 0.5},
-    ),
-    "LoKr": peft.LoKrConfig(r=2, alpha=5, target_modules=SOME, init_weights=False),
-    "LoKr both low-rank": peft.LoKrConfig(r=1, alpha=5, target_modules=SOME, decompose_both=True, init_weights=False),
-    "LoKr full, which PEFT scales": peft.LoKrConfig(r=64, alpha=16, target_modules=SOME, init_weights=False),
-    "LoHa": peft.LoHaConfig(r=3, alpha=5, target_modules=SOME, init_weights=False, alpha_pattern={"to_k": 2}),
-}
-
-
-@pytest.fixture
-def peft_folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    """A folder that PEFT wrote, and the output of PEFT's own model."""
-    reference = tiny_model()
-    torch.manual_seed(0)
-    with torch.random.fork_rng():
-        wrapped = peft.get_peft_model(reference.transformer, PEFT_CONFIGS[request.param])
-        for name, parameter in wrapped.named_parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter) * (parameter if "magnitude" in name else 1)
-    wrapped.save_pretrained(str(tmp_path))
-    return tmp_path, output(reference.eval())
-
-
-@pytest.mark.parametrize("peft_folder", PEFT_CONFIGS, indirect=True)
-def test_pefts_own_folders_give_pefts_own_output(peft_folder: tuple[Path, torch.Tensor]) -> None:
-    folder, expected = peft_folder
-    model = tiny_model()
-    model.load_lora_adapter(folder)
-    assert_close(output(model), expected, TOLERANCE)
-    assert (expected - output(tiny_model())).abs().max() > 1e-2
-    with_infix = {
-        key.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): tensor
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items()
-    }
-    save_file(with_infix, folder / "adapter_model.safetensors")
-    again = tiny_model()
-    again.load_lora_adapter(folder)
-    assert torch.equal(output(again), output(model))
-
-
-@pytest.mark.parametrize("peft_folder", ["rsLoRA", "LoKr full, which PEFT scales", "LoHa"], indirect=True)
-def test_pefts_folders_are_converted_and_inspected(peft_folder: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
-    folder, expected = peft_folder
-    assert inspect_adapter(folder).refusal is None
-    assert set(inspect_adapter(folder).styles) == {"PEFT"}
-    model = tiny_model()
-    model.load_lora_adapter(convert(folder, tmp_path / "kohya.safetensors", "kohya").path)
-    assert_close(output(model), expected, TOLERANCE)
-
-
-CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "another kind": ({"peft_type": "OFT"}, "is of the kind 'OFT', which is not supported"),
-    "no kind": ({"peft_type": None}, "is of the kind 'None'"),
-    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base's weights"),
-    "DoRA without magnitudes": ({"use_dora": True}, "its config says that it is DoRA, but the magnitude is missing"),
-    "alpha in words": ({"lora_alpha": "many"}, "gives it no lora_alpha, but 'many'"),
-    "a huge alpha": ({"lora_alpha": 1e300}, "alpha is 1e+300, expected a finite number"),
-    "a pattern that never ends": ({"alpha_pattern": {"(a+)+$": 1}}, "has the pattern '(a+)+$'"),
-    "patterns without end": ({"alpha_pattern": {f"m{i}": 1 for i in range(5000)}}, "more patterns than a model has"),
-    "repetitions without end": ({"alpha_pattern": {f".*{i}.*": 1 for i in range(99)}}, "more patterns than a model"),
-    "a long pattern": ({"alpha_pattern": {"a|" * 200_000: 1}}, "more patterns than a model has"),
-}
-
-
-@pytest.mark.parametrize("peft_folder", ["LoRA"], indirect=True)
-def test_what_pefts_config_says_is_taken_or_refused(peft_folder: tuple[Path, torch.Tensor]) -> None:
-    folder, _ = peft_folder
-    path = folder / "adapter_config.json"
-    plain = json.loads(path.read_text())
-    for change, words in CONFIG_FAULTS.values():
-        path.write_text(json.dumps(plain | change))
-        with pytest.raises(InputError) as error:
-            tiny_model().load_lora_adapter(folder)
-        assert words in str(error.value)
-    for text in ("{", "[]", "[" * 100_000, '{"lora_alpha": ' + "9" * 5000 + "}"):
-        path.write_text(text)
-        with pytest.raises(InputError, match="is not a PEFT config"):
-            tiny_model().load_lora_adapter(folder)
-    path.unlink()
-    with pytest.raises(InputError, match=r"PEFT's scale stands in adapter_config\.json"):
-        tiny_model().load_lora_adapter(folder)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tiny_pipeline_components(tmp_path_factory.mktemp("components"))
-
-
-def text_encoder_file(style: str = "kohya") -> tuple[Tensors, dict[str, torch.Tensor]]:
-    """LoRA on Qwen3, with its deltas by path."""
-    encoder, generator = tiny_text_encoder(), torch.Generator().manual_seed(5)
-    tensors, deltas = {}, {}
-    for path in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
-        out, into = encoder.get_submodule(path).weight.shape
-        down, up = torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator) / into**0.5
-        stem = "lora_te_" + path.replace(".", "_") if style == "kohya" else f"text_encoder.{path}"
-        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.0)}
-        deltas[path] = up @ down / 2
-    return tensors, deltas
-
-
-@pytest.mark.parametrize("style", ["kohya", "diffusers"])
-def test_the_text_encoders_part_acts_through_the_pipeline(parts: dict[str, Any], style: str) -> None:
-    model = tiny_model()
-    pipe = AnimaPipeline(**parts | model.components | {"text_encoder": tiny_text_encoder()})
-    tensors, deltas = text_encoder_file(style)
-    of_dit = factors_of_kind(model, "LoRA")
-    before = pipe.encode_prompt("a red circle")
-    pipe.load_lora_weights(tensors | tensors_by_key(of_dit), adapter_name="both")
-    changed = tiny_model()
-    add_explicitly(changed, of_dit)
-    encoder = tiny_text_encoder()
-    with torch.no_grad():
-        for path, delta in deltas.items():
-            encoder.get_submodule(path).weight += delta
-    explicit_pipe = AnimaPipeline(**parts | changed.components | {"text_encoder": encoder})
-    assert_close(pipe.encode_prompt("a red circle"), explicit_pipe.encode_prompt("a red circle"), TOLERANCE)
-    assert_close(output(model), output(changed), TOLERANCE)
-    assert (pipe.encode_prompt("a red circle") - before).abs().max() > 1e-2
-    assert pipe.get_list_adapters().keys() == {"transformer", "text_conditioner", "text_encoder"}
-    pipe.unload_lora_weights()
-    assert torch.equal(pipe.encode_prompt("a red circle"), before)
-
-
-@pytest.mark.parametrize("style", ["kohya", "diffusers"])
-def test_the_transformer_alone_refuses_the_text_encoders_part(style: str) -> None:
-    tensors, _ = text_encoder_file(style)
-    with pytest.raises(InputError, match="the text encoder's part") as error:
-        tiny_model().load_lora_adapter(tensors)
-    assert "load it through the whole pipeline" in str(error.value)
 
 
 def test_biased_modules_have_biases() -> None:
