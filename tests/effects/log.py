@@ -7,7 +7,7 @@ from pathlib import Path
 from .bench import Built, Effect
 
 LOGGED = ("--log_with", "tensorboard")
-PROMPTS = str(Path(__file__).with_name("prompts.txt"))
+PROMPTS, TWO = (str(Path(__file__).with_name(name)) for name in ("prompts.txt", "two_prompts.txt"))
 AT_FIRST = ("--sample_prompts", PROMPTS, "--sample_at_first")
 
 
@@ -33,12 +33,12 @@ EFFECTS = {
         True,
         LOGGED,
     ),
-    "sample_prompts": Effect(AT_FIRST, previews, [], ["00-01"]),
+    "sample_prompts": Effect(("--sample_prompts", TWO), previews, ["00-01"], ["00-01", "00-02"], AT_FIRST),
     "sample_every_n_steps": Effect(
         ("--sample_every_n_steps", "2"), previews, ["00-01"], ["00-01", "02-01", "04-01"], AT_FIRST
     ),
     "sample_every_n_epochs": Effect(
-        ("--sample_every_n_epochs", "1"), previews, ["00-01"], ["00-01", "03-01"], AT_FIRST
+        ("--sample_every_n_epochs", "1"), previews, ["00-01"], ["00-01", "04-01"], AT_FIRST
     ),
     "sample_at_first": Effect(
         ("--sample_at_first",),
