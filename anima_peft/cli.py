@@ -89,7 +89,12 @@ def train_from(argv: Sequence[str], prog: str) -> None:
 
     result = train(config)
     print(f"\n{result.steps} steps; the adapter's size is {result.relative_delta:.2%} of the adapted weights.")
-    written = {"adapter": result.adapter, "log": result.log_folder, "without and with it": result.comparison}
+    written = {
+        "adapter": result.adapter,
+        "log": result.log_folder,
+        "previews": result.previews,
+        "without and with it": result.comparison,
+    }
     for what, path in written.items():
         if path is not None:
             print(f"  {what}: {path}")

@@ -170,10 +170,11 @@ class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
             InputError: no prompts, or a part that encodes text is missing.
         """
         device = device or self._execution_device
-        embeds = condition_text(self.text_conditioner, self._encode_text(prompt, device, max_sequence_length))
+        embeds = condition_text(self.text_conditioner, self.encode_text(prompt, device, max_sequence_length))
         return embeds.to(self.transformer.dtype)
 
-    def _encode_text(self, prompt: str | list[str], device: torch.device | str, max_length: int) -> TextInputs:
+    def encode_text(self, prompt: str | list[str], device: torch.device | str, max_length: int = 512) -> TextInputs:
+        """The first half of `encode_prompt`: what the text conditioner reads, for B texts."""
         if None in (self.text_encoder, self.tokenizer, self.t5_tokenizer, self.text_conditioner):
             raise InputError(
                 "This pipeline was built without all text parts. Give `prompt_embeds` and, with guidance, "
@@ -202,7 +203,7 @@ class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
             )
         # All texts pass the text encoder before any passes the conditioner, so that offloading moves each model once.
         encoded = {
-            name: self._encode_text(text, device, max_length)
+            name: self.encode_text(text, device, max_length)
             for name, text in texts.items()
             if embeds[name] is None and text is not None
         }

@@ -12,6 +12,7 @@ import peft
 import torch
 from diffusers import AnimaTextConditioner, ConfigMixin, CosmosTransformer3DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import unwrap_module
 
 from .adapters import exchange, strengths
 from .adapters.hotswap import reserve
@@ -114,7 +115,11 @@ class AnimaTransformerModel(ModelMixin, ConfigMixin):
     @property
     def components(self) -> Components:
         """The two stock models by diffusers' component names."""
-        return {TRANSFORMER: self.transformer, TEXT_CONDITIONER: self.text_conditioner}
+        # Not what torch.compile puts around them: adapters are looked up by the models' own paths.
+        return {
+            TRANSFORMER: unwrap_module(self.transformer),
+            TEXT_CONDITIONER: unwrap_module(self.text_conditioner),
+        }
 
     def encode_prompt_embeds(
         self,

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from diffusers.models import AnimaTextConditioner, CosmosTransformer3DModel
+from diffusers.utils.torch_utils import unwrap_module
 
 from ..errors import InputError
 from . import exchange, strengths
@@ -94,13 +95,14 @@ def components_of(target: Target) -> Components:
     Raises:
         InputError: there is none, or one is of another model.
     """
+    target = target if isinstance(target, Mapping) else unwrap_module(target)  # what torch.compile put around it
     if isinstance(target, Mapping):
         found = dict(target)
     elif isinstance(target, (CosmosTransformer3DModel, AnimaTextConditioner)):
         found = {TRANSFORMER if isinstance(target, CosmosTransformer3DModel) else TEXT_CONDITIONER: target}
     else:
         found = {name: getattr(target, name, None) for name in _PARTS}
-    parts = {name: model for name, model in found.items() if model is not None}
+    parts = {name: unwrap_module(model) for name, model in found.items() if model is not None}
     unfit = [f"{name} is a {type(m).__name__}" for name, m in parts.items() if not isinstance(m, _PARTS.get(name, ()))]
     if unfit or not parts.keys() & {TRANSFORMER, TEXT_CONDITIONER}:
         raise InputError(

@@ -82,9 +82,10 @@ def convert(
     tensors, style_metadata = serialize(weights, style, dtype)
     kept = {key: value for key, value in file.metadata.items() if key not in _STYLE_METADATA}
     text = {"format": "pt"} | describe(weights) | kept | style_metadata
+    again = AdapterFile(f"{path} with these numbers", tensors, style_metadata)
+    # Before it is written: a narrow dtype may not hold the numbers.
+    change, changed = _largest_change(weights, parse(again, table or nominal_table(tensors, again.source)))
     save_tensors(path, tensors, with_hashes(tensors, text))
-    again = parse(AdapterFile(str(path), tensors, style_metadata), table or nominal_table(tensors, str(path)))
-    change, changed = _largest_change(weights, again)
     return Conversion(path, len(weights), change, changed)
 
 

@@ -50,9 +50,7 @@ class LoraFactors:
 
     def delta_norm(self) -> float:
         """Frobenius norm of the delta, in float64; DoRA's rescaling and the bias are left out."""
-        down, up = self.down.cpu().double(), self.up.cpu().double()  # not every device has float64
-        # |up @ down|^2 = trace((up' up) (down down')): rank x rank instead of out x in
-        return math.sqrt(float(((up.T @ up) * (down @ down.T)).sum())) * abs(self.scale)
+        return _norm((self.up, self.down)) * abs(self.scale)
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,7 @@ class LoKrFactors:
 
     def delta_norm(self) -> float:
         """Frobenius norm of the delta, in float64: that of a Kronecker product is the product of the factors'."""
-        w1, w2 = (product(_double(factor)) for factor in (self.w1, self.w2))
-        return float(w1.norm() * w2.norm()) * abs(self.scale)
+        return _norm(self.w1) * _norm(self.w2) * abs(self.scale)
 
 
 @dataclass(frozen=True)
@@ -317,6 +314,16 @@ def product(factor: Factor) -> torch.Tensor:
 def detached(factor: Factor) -> Factor:
     """The factor outside of any graph."""
     return factor.detach() if isinstance(factor, torch.Tensor) else (factor[0].detach(), factor[1].detach())
+
+
+def _norm(factor: Factor) -> float:
+    """Frobenius norm of the matrix that a factor stands for, in float64."""
+    exact = _double(factor)
+    if isinstance(exact, torch.Tensor):
+        return float(exact.norm())
+    left, right = exact
+    # |left @ right|^2 = trace((left' left) (right right')): rank x rank instead of m x n. Rounding can fall below zero.
+    return math.sqrt(max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0))
 
 
 def _double(factor: Factor) -> Factor:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils.other import get_pattern_key
 
 from ..errors import InputError
 from .naming import ModuleName
@@ -21,6 +20,10 @@ _PEFT_KINDS = ("LORA", "LOKR", "LOHA")
 # nested repetitions can take years.
 _HARMLESS_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.|\.\*|\|)+\$?")
 _MOST_REPETITIONS = 2
+# Every module is held against every pattern, so that their number counts too. Anima has some 700 linear layers.
+_MOST_PATTERNS, _MOST_PATTERN_CHARACTERS, _MOST_REPETITIONS_OF_ALL = 4096, 2**18, 64
+# These start from a base that PEFT changes; beside any other their factors give another model.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class FileConfig:
 
     Attributes:
         by_component: component -> options, with modules named by their paths in it; or "" -> options for all of the
-            model, with modules named as in the file.
+            model, with modules named as in the file. `alpha_pattern` and `rank_pattern` are compiled.
         scales_full: whether LoKr with two full factors is scaled by alpha / r too, as PEFT does.
     """
 
@@ -83,13 +86,8 @@ class ModuleScales:
         name = next((name for name in names if name in self.options), None)
         if name is None:
             return None
-        value, by_pattern = self.options[name], self.options.get(pattern) or {}
-        if not isinstance(by_pattern, Mapping):
-            raise ValueError(f"the adapter config's {pattern} is not a table")
-        for key in by_pattern:
-            if not _HARMLESS_PATTERN.fullmatch(key) or key.count("*") > _MOST_REPETITIONS:
-                raise ValueError(f"the adapter config's {pattern} has the pattern {key[:80]!r}, expected module names")
-        value = by_pattern.get(get_pattern_key(list(by_pattern), self.path), value)
+        by_pattern = self.options.get(pattern, {})
+        value = next((value for key, value in by_pattern.items() if key.match(self.path)), self.options[name])
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"the adapter config gives it no {name}, but {str(value)[:80]!r}")
         try:
@@ -116,7 +114,13 @@ def read_config(metadata: Mapping[str, str], peft_config: Mapping[str, Any] | No
                 f"{source}: {PEFT_CONFIG_NAME} is of the kind {str(kind)[:80]!r}, which is not supported; "
                 f"supported are {', '.join(_PEFT_KINDS)}."
             )
-        return FileConfig({"": peft_config}, scales_full=True)
+        initialisation = peft_config.get("init_lora_weights")
+        if isinstance(initialisation, str) and initialisation.lower().startswith(_CHANGES_BASE):
+            raise InputError(
+                f"{source}: {PEFT_CONFIG_NAME} has the initialisation {initialisation[:80]!r}, which changes the "
+                "base's weights too; save the adapter with PEFT's path_initial_model_for_weight_conversion."
+            )
+        return FileConfig({"": _parsed(peft_config, source)}, scales_full=True)
     text = metadata.get(LORA_ADAPTER_METADATA_KEY)
     if not text:
         return FileConfig()
@@ -128,4 +132,33 @@ def read_config(metadata: Mapping[str, str], peft_config: Mapping[str, Any] | No
             configs.setdefault(component, {})[option] = value
     except (ValueError, AttributeError, RecursionError) as error:  # ValueError: no JSON, or a number of 5000 digits
         raise InputError(f"{source}: the metadata `{LORA_ADAPTER_METADATA_KEY}` is not an adapter config.") from error
-    return FileConfig(configs, scales_full=True)
+    return FileConfig({key: _parsed(options, source) for key, options in configs.items()}, scales_full=True)
+
+
+def _parsed(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The options with compiled patterns.
+
+    Raises:
+        InputError: what should be patterns is not, or would take too long.
+    """
+    patterns = {name: _compiled(options.get(name) or {}, name, source) for name in ("alpha_pattern", "rank_pattern")}
+    return dict(options) | patterns
+
+
+def _compiled(by_pattern: object, option: str, source: str) -> dict[re.Pattern[str], Any]:
+    """Pattern -> value, to be matched as PEFT does (peft.utils.other.get_pattern_key): at the end of a path."""
+    if not isinstance(by_pattern, Mapping):
+        raise InputError(f"{source}: the adapter config's {option} is not a table.")
+    text = "".join(by_pattern)
+    if (
+        len(by_pattern) > _MOST_PATTERNS
+        or len(text) > _MOST_PATTERN_CHARACTERS
+        or text.count("*") > _MOST_REPETITIONS_OF_ALL
+    ):
+        raise InputError(f"{source}: the adapter config's {option} has more patterns than a model has modules.")
+    for key in by_pattern:
+        if not _HARMLESS_PATTERN.fullmatch(key) or key.count("*") > _MOST_REPETITIONS:
+            raise InputError(
+                f"{source}: the adapter config's {option} has the pattern {key[:80]!r}, expected module names."
+            )
+    return {re.compile(rf"(.*\.)?({key})$"): value for key, value in by_pattern.items()}

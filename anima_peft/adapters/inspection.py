@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,7 @@ def inspect_adapter(source: str | Path, table: ModuleTable | None = None) -> Ins
         refusal = str(error)
     blocks: dict[str, float] = defaultdict(float)
     for name, factors in weights.items():
-        blocks[_block(name)] += factors.delta_norm() ** 2
+        blocks[_block(name)] = math.hypot(blocks[_block(name)], factors.delta_norm())
     return Inspection(
         path=path,
         bytes=path.stat().st_size,
@@ -82,7 +83,7 @@ def inspect_adapter(source: str | Path, table: ModuleTable | None = None) -> Ins
         kinds=Counter(describe_factors(factors) for factors in weights.values()),
         shapes=Counter(_lokr_shape(f) for f in weights.values() if isinstance(f, LoKrFactors)),
         components=Counter(name.component for name in weights),
-        blocks={block: square**0.5 for block, square in blocks.items()},
+        blocks=blocks,
         metadata={shown(key): shown(value) for key, value in file.metadata.items()},
         refusal=refusal,
     )
@@ -120,10 +121,10 @@ def as_text(found: Inspection) -> Iterator[str]:
         for text, count in counts.items():
             yield f"  {title}: {count} x {text}"
     if found.blocks:
-        largest = max(found.blocks.values()) or 1.0
+        largest = max(filter(math.isfinite, found.blocks.values()), default=0.0) or 1.0
         yield "  size of the delta by block (Frobenius norm):"
         for block, norm in found.blocks.items():
-            yield f"    {block:44} {norm:10.4g} {'#' * round(30 * norm / largest)}"
+            yield f"    {block:44} {norm:10.4g} {'#' * round(30 * min(norm / largest, 1.0))}"
     if found.metadata:
         yield "  metadata, as the file has it:"
         yield from (f"    {key}: {value}" for key, value in sorted(found.metadata.items()) if key != _PACKED)
@@ -136,7 +137,8 @@ _PACKED = LORA_ADAPTER_METADATA_KEY
 
 def as_json(found: Inspection) -> str:
     """The same for programs."""
-    return json.dumps(vars(found) | {"path": str(found.path)}, indent=2, ensure_ascii=False)
+    blocks = {block: norm if math.isfinite(norm) else None for block, norm in found.blocks.items()}  # JSON has no inf
+    return json.dumps(vars(found) | {"path": str(found.path), "blocks": blocks}, indent=2, ensure_ascii=False)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

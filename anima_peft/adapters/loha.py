@@ -21,6 +21,12 @@ class LoHaLinear(PeftLoHaLinear):
         """Add one more adapter whose delta is zero."""
         self.update_layer(adapter_name, rank, alpha, config=_plain_config())
 
+    def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
+        """The delta at the present strength, (out, in), in plain operations; a compiler cannot follow PEFT's own."""
+        w1 = self.hada_w1_a[adapter_name] @ self.hada_w1_b[adapter_name]
+        w2 = self.hada_w2_a[adapter_name] @ self.hada_w2_b[adapter_name]
+        return w1 * w2 * self.scaling[adapter_name]
+
     def factors(self, adapter_name: str) -> LoHaFactors:
         """The adapter's parameters, detached, whatever its strength."""
         parts = (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)

@@ -13,7 +13,7 @@ from ..models.checkpoints import build_empty
 from .naming import TEXT_CONDITIONER, TEXT_ENCODER, TRANSFORMER, ModuleTable
 
 _BLOCK = re.compile(r"(?:blocks|layers)[._](\d+)[._]")
-_MOST_BLOCKS = 512
+_MOST_BLOCKS = 128
 _TINY = 4
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import InputError
 from ..models.dit import PREFIXES
+from ..models.names import CONDITIONER_PREFIX, native_to_diffusers
 from .factors import Factors, LoraFactors, Weights
 from .file_config import PEFT_CONFIG_NAME, read_config
 from .naming import KOHYA_PREFIX, KOHYA_TEXT_ENCODER_PREFIX, ModuleName, ModuleTable
@@ -24,22 +25,29 @@ from .roles import ABSOLUTE, ABSOLUTE_BIAS, ALPHA, build_factors, split_key
 _COMFY_PREFIX = "diffusion_model."
 _LYCORIS_PREFIX = "lycoris_"
 _PEFT_PREFIX = "base_model.model."
-_NOT_SUPPORTED = {
-    r"\.lokr_t2$": "LoKr of convolutions",
-    r"\.hada_t[12]$": "LoHa of convolutions",
-    r"\.lora_mid(\.|$)": "LoRA of convolutions (CP decomposition)",
-    r"\.(oft_|coft|boft_)": "OFT",
-    r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
-    r"\.(on_input|ia3_)": "(IA)^3",
-    r"\.vera_": "VeRA",
-    r"\.lora_embedding_[AB]": "LoRA of embeddings",
-    r"\.lora_B\.(.+\.)?bias$": "LoRA with trained biases",
-    r"\.modules_to_save\.": "PEFT's modules_to_save",
-    r"^emb_params$|^string_to_param": "textual inversion",
-    rf"^({KOHYA_TEXT_ENCODER_PREFIX}|text_encoder\.)": "the text encoder's part (load it through the whole pipeline)",
-    r"^lora_te\d_": "another model's text encoder",
-}
+_NOT_SUPPORTED = [
+    (re.compile(pattern), kind)
+    for pattern, kind in {
+        r"\.lokr_t2$": "LoKr of convolutions",
+        r"\.hada_t[12]$": "LoHa of convolutions",
+        r"\.lora_mid(\.|$)": "LoRA of convolutions (CP decomposition)",
+        r"\.(oft_|coft|boft_)": "OFT",
+        r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
+        r"\.(on_input|ia3_)": "(IA)^3",
+        r"\.vera_": "VeRA",
+        r"\.lora_embedding_[AB]": "LoRA of embeddings",
+        r"\.lora_B\.(.+\.)?bias$": "LoRA with trained biases",
+        r"\.modules_to_save\.": "PEFT's modules_to_save",
+        r"^emb_params$|^string_to_param": "textual inversion",
+        rf"^({KOHYA_TEXT_ENCODER_PREFIX}|text_encoder\.)": (
+            "the text encoder's part (load it through the whole pipeline)"
+        ),
+        r"^lora_te\d_": "another model's text encoder",
+    }.items()
+]
 _MAX_SHOWN = 10
+_LONGEST_NAME = 400
+_NATIVE_ROOTS = {name.partition(".")[0] for name in (*native_to_diffusers(1), CONDITIONER_PREFIX)}
 
 
 @dataclass(frozen=True)
@@ -105,13 +113,16 @@ def parse(file: AdapterFile, table: ModuleTable) -> dict[ModuleName, Factors]:
         if (unknown or faults) and by_role.keys() <= {ALPHA}:
             continue  # its factors are of a kind reported above
         try:
-            weights[name] = build_factors(
+            scales = config.of(name, stems[name].removeprefix(_PEFT_PREFIX))
+            weights[name] = factors = build_factors(
                 by_role,
-                config.of(name, stems[name].removeprefix(_PEFT_PREFIX)),
+                scales,
                 is_norm=table.is_norm(name),
                 shape=table.shape(name),
                 base={parameter: table.own(name, parameter) for parameter in ("weight", "bias")},
             )
+            if isinstance(factors, LoraFactors) and factors.magnitude is None and scales.options.get("use_dora"):
+                faults.append(f"{name.native}: its config says that it is DoRA, but the magnitude is missing")
         except ValueError as error:
             faults.append(f"{name.native}: {error}")
     if not parts and not faults:
@@ -140,11 +151,13 @@ def _style(key: str) -> str:
         return "lycoris"
     if stem.startswith((KOHYA_PREFIX, KOHYA_TEXT_ENCODER_PREFIX)):
         return "kohya"
-    if stem.startswith(("transformer.", "text_conditioner.", "text_encoder.")):
+    if stem.startswith(("transformer.", "text_conditioner.", "text_encoder.", "transformer_blocks.")):
         return "diffusers"
     if stem.startswith(_COMFY_PREFIX):
         return "comfy" if ".lora_A." in key or ".lora_B." in key else "comfy-hybrid"
-    return "original" if stem.startswith((*(p for p in PREFIXES if p), "blocks.", "llm_adapter.")) else "?"
+    if stem.startswith(tuple(filter(None, PREFIXES))) or stem.partition(".")[0] in _NATIVE_ROOTS:
+        return "original"
+    return "?"
 
 
 def _mixed_dora(weights: Weights) -> list[str]:
@@ -172,7 +185,9 @@ def _find(stem: str, table: ModuleTable) -> ModuleName | None:
 def _describe_unknown(keys: Iterable[str]) -> list[str]:
     by_kind: dict[str, list[str]] = {}
     for key in keys:
-        kind = next((kind for pattern, kind in _NOT_SUPPORTED.items() if re.search(pattern, key)), "")
+        # Cut: the time that a search takes grows with the square of a key's length.
+        start = key[:_LONGEST_NAME]
+        kind = next((kind for pattern, kind in _NOT_SUPPORTED if pattern.search(start)), "")
         by_kind.setdefault(kind, []).append(_shown(key))
     return [
         (f"{kind} cannot be loaded here: " if kind else "names no known module or part: ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,6 +50,13 @@ _KINDS = {
 }
 _NORM_ROLES = frozenset((_NORM, _NORM_BIAS, ABSOLUTE, ABSOLUTE_BIAS))
 # PEFT puts an adapter's name between a parameter's name and what follows, and takes it away again when it saves.
+_MOST_ENTRIES = 2**27
+"""Of a weight whose size is not known: small factors can declare one that no memory holds. Anima's have up to 2**24."""
+_PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
+"""Two numbers in a byte, which torch itself cannot convert."""
+_MOST_AXES = 4
+"""A linear's factors stored as those of a 1x1 convolution; torch itself goes up to 64."""
+_LARGEST = torch.finfo(torch.float32).max
 _PEFT_INFIX = re.compile(
     r"\.(lora_A|lora_B|lora_magnitude_vector|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])\.default(?=\.|$)"
 )
@@ -101,8 +107,10 @@ def build_factors(
     """
     roles = tensors.keys() - {ALPHA}
     for role in sorted(roles):
-        if not tensors[role].is_floating_point():
+        if not tensors[role].is_floating_point() or tensors[role].dtype in _PACKED:
             raise ValueError(f"`{role}` has dtype {tensors[role].dtype}, expected floating point")
+        if tensors[role].ndim > _MOST_AXES:
+            raise ValueError(f"`{role}` has {tensors[role].ndim} axes, expected a matrix or a vector")
         if not tensors[role].float().isfinite().all():
             raise ValueError(f"`{role}` holds values that are not finite")
     if is_norm:
@@ -147,6 +155,8 @@ def _difference(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...] | No
 
 
 def _require_size(out_features: int, in_features: int, shape: tuple[int, ...] | None) -> None:
+    if shape is None and out_features * in_features > _MOST_ENTRIES:
+        raise ValueError(f"factors for a {out_features}x{in_features} layer, which is larger than any of Anima's")
     if shape is not None and (out_features, in_features) != shape:
         raise ValueError(f"factors for a {out_features}x{in_features} layer, but it is {shape[0]}x{shape[1]}")
 
@@ -177,7 +187,7 @@ def _lokr(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...] | None, sc
         return LoKrFactors(w1, w2, _finite_alpha(tensors, rank, scales), rank)
     # Any alpha may stand beside full factors, and none of them counts; only PEFT's config scales them.
     scale = scales.full()
-    if not math.isfinite(scale):
+    if not abs(scale) <= _LARGEST:
         raise ValueError(f"its config scales it by {scale}")
     return LoKrFactors(w1 if scale == 1 else scaled_factor(w1, scale), w2, alpha=float(max(b, d)), dim=max(b, d))
 
@@ -253,10 +263,12 @@ def _required(tensors: Mapping[str, torch.Tensor], role: str, instead: str | Non
 
 def _finite_alpha(tensors: Mapping[str, torch.Tensor], rank: int, scales: Scales) -> float:
     given = tensors.get(ALPHA)
-    if given is not None and (given.numel() != 1 or given.is_complex()):
-        raise ValueError(f"alpha has shape {list(given.shape)} and dtype {given.dtype}, expected one number")
+    if given is not None and (given.numel() != 1 or given.ndim > _MOST_AXES):
+        raise ValueError(f"alpha has shape {list(given.shape)[:8]}, expected one number")
+    if given is not None and (given.is_complex() or given.dtype in _PACKED):
+        raise ValueError(f"alpha has dtype {given.dtype}, expected a plain number")
     alpha = scales.alpha(rank) if given is None else float(given.float())
-    if not math.isfinite(alpha):
+    if not abs(alpha) <= _LARGEST:
         raise ValueError(f"alpha is {alpha}, expected a finite number")
     return alpha
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..models.checkpoints import read_header
@@ -97,8 +97,11 @@ def read_adapter_file(path: Path) -> AdapterFile:
     """
     checkpoint = read_header(path)
     config = _read_peft_config(path.with_name(PEFT_CONFIG_NAME)) if path.name == PEFT_FILE_NAME else None
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key).clone() for key in checkpoint.shapes}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).clone() for key in checkpoint.shapes}
+    except SafetensorError as error:  # a dtype that torch does not have
+        raise InputError(f"{path}: its tensors cannot be read ({error}).") from error
     return AdapterFile(str(path), tensors, dict(checkpoint.metadata), config)
 
 

@@ -190,8 +190,19 @@ def remove(components: Components, names: Sequence[str]) -> None:
     for model in components.values():
         for name in names:
             getattr(model, "peft_config", {}).pop(name, None)
-        if not getattr(model, "peft_config", None):
+        if getattr(model, "peft_config", None):
+            _unwrap_empty(model)
+        else:
             _unwrap(model)
+
+
+def _unwrap_empty(model: torch.nn.Module) -> None:
+    """Take off the layers that no adapter uses any more, so that the model is what it was before they came."""
+    # The innermost first: layers of several kinds are nested.
+    for path, layer in reversed([*model.named_modules()]):
+        if isinstance(layer, BaseTunerLayer) and not layer.scaling:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
 def unload(components: Components) -> None:

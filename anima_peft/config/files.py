@@ -1,4 +1,4 @@
-"""Reads TOML files; a file that cannot be read is the user's to mend, so it says which file and line."""
+"""Reads text and TOML files; a file that cannot be read is the user's to mend, so it says which file and line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from ..errors import InputError
 
 
-def read_toml(path: Path) -> dict[str, object]:
-    """The content of a TOML file in UTF-8, with or without a byte order mark.
+def read_text(path: Path) -> str:
+    """The content of a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        InputError: the file is missing or unreadable, not UTF-8, or not TOML. It names the file and the line.
+        InputError: the file is missing or unreadable, or not UTF-8. It names the file and the line.
     """
     try:
         data = path.read_bytes()
@@ -22,10 +22,19 @@ def read_toml(path: Path) -> dict[str, object]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """The content of a TOML file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: the file is missing or unreadable, not UTF-8, or not TOML. It names the file and the line.
+    """
+    text = read_text(path)
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also an integer too long for Python to read

@@ -9,7 +9,6 @@ from __future__ import annotations
 from .schema import Foreign
 
 _REMOVE = "remove it"
-_PREVIEWS = "remove it; compare_prompts draws pictures after training"
 _ONE_RATE = "use network_args network_reg_lrs with patterns of module names"
 _FROZEN = "remove it; the text encoder is never trained"
 _COMPUTE = "remove it; mixed_precision sets the type, and adapter weights are kept in fp32"
@@ -44,7 +43,7 @@ _TRAIN_GROUPS = (
     ("min_snr_gamma debiased_estimation_loss v_pred_like_loss", _LOSS),
     ("scale_v_pred_loss_like_noise_pred", _LOSS),
     ("adaptive_noise_scale multires_noise_iterations multires_noise_discount", _NOISE),
-    ("sample_every_n_steps sample_every_n_epochs sample_at_first sample_prompts sample_sampler", _PREVIEWS),
+    ("sample_sampler", "remove it; pictures are drawn with the model's own sampler, Euler"),
     ("validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps", _REMOVE),
     ("save_n_epoch_ratio", "use save_every_n_epochs"),
     ("save_model_as use_safetensors", "remove it; files are always safetensors, and save_format names the layout"),
@@ -105,7 +104,7 @@ _NETWORK_GROUPS = (
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "network_train_unet_only": (True,),
     "multires_noise_discount": (0.3,),
-    "sample_sampler": ("ddim",),
+    "sample_sampler": ("ddim", "euler"),
     "save_model_as": ("safetensors",),
     "use_safetensors": (True,),
     "dynamo_backend": ("inductor",),

@@ -23,6 +23,8 @@ from .migration import Migration
 from .network import ARGUMENT_LISTS
 from .options import Kind, Option, Rules, options_of
 from .picture_loss import check_picture_loss
+from .prompt_files import read_prompts
+from .prompts import PromptLine
 from .reading import FAULTY, Faults, shown
 from .resolved import Line, compact, resolved_text
 from .schema import Found, Given, Schema
@@ -72,6 +74,7 @@ class RunConfig:
 
     Attributes:
         train: the options of the run.
+        previews: the prompts of `sample_prompts`.
         datasets: what it trains on.
         warnings: what is allowed and probably not meant, one sentence each.
         config_file: the train args TOML, if one was given.
@@ -83,6 +86,7 @@ class RunConfig:
     """
 
     train: TrainOptions
+    previews: tuple[PromptLine, ...]
     datasets: tuple[DatasetSpec, ...]
     warnings: tuple[str, ...]
     config_file: Path | None
@@ -150,12 +154,14 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
         datasets = read_datasets(file.pictures, _dataset_fallback(found), faults, file.paths)
     if datasets.specs:
         check_picture_loss(found, datasets.specs, faults)
+    previews = _previews(found, faults)
     if faults.texts or file is None or dataset_config is None:
         raise _report(faults, config_file, dataset_config)
     train = _train_options(found)
     lines = _train_lines(train, found)
     return RunConfig(
         train,
+        previews,
         datasets.specs,
         (*file.notes(), *datasets.warnings),
         config_file,
@@ -233,6 +239,18 @@ def _merge(found: dict[str, Found], arguments: Mapping[str, Found], faults: Faul
                 f"{shown(argument.value)} differs from {own.path} = {shown(own.value)}, "
                 "and both set the same option; keep one of them",
             )
+
+
+def _previews(found: Mapping[str, Found], faults: Faults) -> tuple[PromptLine, ...]:
+    """The prompts of the file that `sample_prompts` names."""
+    path = _path(found.get("sample_prompts"))
+    if path is None:
+        return ()
+    try:
+        return read_prompts(path)
+    except InputError as fault:
+        faults.add(found["sample_prompts"].path, str(fault))
+        return ()
 
 
 def _datasets(path: Path, found: Mapping[str, Found], faults: Faults) -> Datasets:

@@ -15,6 +15,7 @@ from .prompts import MAX_SEED, PromptLine, parse_prompt_line
 DEFAULT_TRAIN_STEPS = 1600  # sd-scripts' length of a run for which neither steps nor epochs are named
 
 _WITH_METADATA = (Needs("no_metadata", unless=(True,)),)
+_WITH_PROMPTS = (Needs("sample_prompts", unless=(None,)),)
 _WITH_LOGS = (Needs("log_with", unless=("none",)),)
 
 
@@ -168,6 +169,18 @@ class LogOptions:
     log_prefix: str | None = option(
         None, check=check_file_name, only_with=_WITH_LOGS, help="First part of a run's log folder name."
     )
+    sample_prompts: str | None = option(
+        None,
+        is_path=True,
+        help="File of prompts to draw while training: .txt in the syntax of compare_prompts, .toml or .json.",
+    )
+    sample_every_n_steps: int | None = option(
+        None, minimum=1, only_with=_WITH_PROMPTS, help="Draw sample_prompts every so many optimizer steps."
+    )
+    sample_every_n_epochs: int | None = option(
+        None, minimum=1, only_with=_WITH_PROMPTS, help="Draw sample_prompts every so many epochs."
+    )
+    sample_at_first: bool = option(False, only_with=_WITH_PROMPTS, help="Draw sample_prompts before the first step.")
     compare_prompts: tuple[PromptLine, ...] = option(
         (),
         convert=parse_prompt_line,

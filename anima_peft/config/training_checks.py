@@ -50,6 +50,9 @@ def check_training(options: Mapping[str, Option], found: Mapping[str, Found], fa
 
 
 def _check_single_values(values: _Values, faults: Faults) -> None:
+    times = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+    if values.is_set("sample_prompts") and not any(values.is_set(time) or values[time] is FAULTY for time in times):
+        faults.add(values.path("sample_prompts"), f"has no effect without one of {', '.join(times)}")
     scheme, sampling = values["weighting_scheme"], values["timestep_sampling"]
     if scheme in ("logit_normal", "mode") and sampling not in ("sigma", FAULTY):
         faults.add(

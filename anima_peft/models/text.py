@@ -39,6 +39,10 @@ class TextInputs(NamedTuple):
     t5_input_ids: torch.Tensor
     t5_attention_mask: torch.Tensor
 
+    def to(self, device: torch.device | str) -> TextInputs:
+        """The same on another device."""
+        return TextInputs(*(tensor.to(device) for tensor in self))
+
 
 def encode_text(
     text_encoder: Any,

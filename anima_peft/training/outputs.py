@@ -40,6 +40,20 @@ class Outputs:
         """The grid of pictures without and with the adapter."""
         return self.folder / f"{self.name}-comparison.png"
 
+    @property
+    def strip(self) -> Path:
+        """The previews over time in one picture."""
+        return self.folder / f"{self.name}-previews.png"
+
+    def preview(self, step: int, number: int) -> Path:
+        """Picture of the prompt with this number, from 1, after `step` steps."""
+        return self.folder / "sample" / f"{self.name}-step{step:08d}-{number:02d}.png"
+
+    def previews(self) -> list[Path]:
+        """All of them that are there."""
+        pattern = f"{glob.escape(self.name)}-step{'[0-9]' * 8}-[0-9]*.png"
+        return sorted((self.folder / "sample").glob(pattern))
+
     def after_epoch(self, epoch: int) -> Path:
         """File saved after `epoch` epochs, counted from 1."""
         return self.folder / f"{self.name}-{epoch:06d}{SUFFIX}"
@@ -60,8 +74,8 @@ class Outputs:
             if any(path.match(_literal(p) + s) for p in patterns for s in (SUFFIX, STATE_SUFFIX))
         ]
         pictures = self.folder.glob(f"{glob.escape(self.name)}-*-with*.png")
-        single = (path for path in (self.comparison, self.config) if path.exists())
-        return [*found, *sorted(pictures), *single]
+        single = (path for path in (self.comparison, self.strip, self.config) if path.exists())
+        return [*found, *sorted(pictures), *self.previews(), *single]
 
 
 def _literal(pattern: str) -> str:

@@ -1,4 +1,4 @@
-"""What is asked of a running training from outside: signals that end it, files that ask for a save or the end."""
+"""What is asked of a running training from outside: by signals, and by files put into its folder."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Action(Enum):
     """What to do after the present step."""
 
     SAVE = "save"
+    PREVIEW = "preview"
     STOP = "stop"
 
 
@@ -30,8 +31,8 @@ class Requests:
     """Looked at after every step.
 
     The first SIGINT, SIGTERM or Ctrl-Break asks for the end; a second one leaves at once. So does the end of the
-    launcher that started this process, which hands no signal on. A file `<output_name>-save` or `<output_name>-stop`
-    (or with `.txt`) in the run's folder asks for what it is called; it is taken away when it is seen.
+    launcher that started this process, which hands no signal on. A file `<output_name>-save`, `<output_name>-preview`
+    or `<output_name>-stop` (or with `.txt`) in the run's folder asks for what it is called; it is taken away when seen.
     """
 
     def __init__(self, outputs: Outputs):

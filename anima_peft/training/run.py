@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -37,6 +38,7 @@ from .network import add_network, hash_merged, merge_base_weights, require_weigh
 from .optimizers import needs_card
 from .outputs import Outputs, require_free, resolve_folder
 from .prepare import prepare_model, prepare_parts
+from .previews import Previews
 from .samples import planned_steps, prepare_samples, steps_of_epoch
 from .saving import Saver
 from .settings import other_settings, state_settings
@@ -55,6 +57,7 @@ from .watch import run_watched
 
 if TYPE_CHECKING:
     from ..config import RunConfig, TrainOptions
+    from ..config.prompts import PromptLine
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Result:
         relative_delta: size of what was learned, |delta W| / |W| over all adapted layers.
         log_folder: where TensorBoard's files are, if it was on.
         comparison: grid of pictures without and with the adapter, if `compare_prompts` asked for one.
+        previews: the pictures of `sample_prompts` over time in one, if there were several times.
     """
 
     adapter: Path
@@ -78,6 +82,7 @@ class Result:
     relative_delta: float
     log_folder: Path | None
     comparison: Path | None
+    previews: Path | None
 
 
 def train(config: RunConfig) -> Result:  # long by its steps: one call each, in the order in which they happen
@@ -151,6 +156,7 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         )
         if accelerator.is_main_process:
             print(summary(pictures, facts.total_steps, options.loop.gradient_accumulation_steps, samples.notes))
+        previews = _previews(config, accelerator, model, sources, outputs, dtype)
         prepare_model(model, options, accelerator)
         parts = prepare_parts(accelerator, options, model, parameters, samples, sampler, facts.total_steps)
         register(accelerator, model, progress, parts.average)
@@ -160,12 +166,13 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         metadata = partial(training_metadata, options, pictures, facts, config.summary)
         saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
         log_folder = _start_tracking(accelerator, options, log_root, now)
-        run_watched(accelerator, options, parts, progress, facts, saver, outputs, samples.dataset)
+        run_watched(accelerator, options, parts, progress, facts, saver, outputs, samples.dataset, previews)
         saver.at_end()
         with parts.average.in_place():
             learned = relative_delta(model.components, ADAPTER_NAME)
+        strip = previews.strip() if previews is not None else None
         comparison = _compare(accelerator, options, model, sources, outputs, dtype)
-    return Result(outputs.final, progress.step, learned, log_folder, comparison)
+    return Result(outputs.final, progress.step, learned, log_folder, comparison, strip)
 
 
 def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
@@ -258,6 +265,40 @@ def _start_tracking(accelerator: Accelerator, options: TrainOptions, root: Path,
     return root / name
 
 
+def _requests(lines: Sequence[PromptLine], seed: int) -> list[Request]:
+    """What to draw; lines without a seed get the run's, so that pictures of one line can be compared."""
+    return [
+        Request(**values | {"seed": seed if values["seed"] is None else values["seed"]})
+        for values in map(asdict, lines)
+    ]
+
+
+def _previews(
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: AnimaTransformerModel,
+    sources: ModelSources,
+    outputs: Outputs,
+    dtype: torch.dtype,
+) -> Previews | None:
+    """What draws `sample_prompts`, with their texts encoded; only the main process draws."""
+    if not config.previews or not accelerator.is_main_process:
+        return None
+    log = config.train.log
+    return Previews(
+        accelerator,
+        model,
+        sources,
+        outputs,
+        _requests(config.previews, config.train.loop.seed),
+        at_first=log.sample_at_first,
+        every_steps=log.sample_every_n_steps,
+        every_epochs=log.sample_every_n_epochs,
+        max_length=config.train.model.anima_seq_len,
+        dtype=dtype,
+    )
+
+
 def _compare(
     accelerator: Accelerator,
     options: TrainOptions,
@@ -270,9 +311,8 @@ def _compare(
     lines = options.log.compare_prompts
     if not lines or not accelerator.is_main_process:
         return None
-    values = [asdict(line) for line in lines]
     model.eval()
-    requests = [Request(**v | {"seed": options.loop.seed if v["seed"] is None else v["seed"]}) for v in values]
+    requests = _requests(lines, options.loop.seed)
     try:
         grid = draw_comparison(model, sources, outputs, requests, dtype=dtype, device=accelerator.device)
     except torch.OutOfMemoryError as error:

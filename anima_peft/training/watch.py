@@ -15,6 +15,7 @@ from .health import Health
 from .loop import Parts, run_loop
 from .metadata import RunFacts
 from .outputs import Outputs
+from .previews import Previews
 from .requests import Action, Requests
 from .saving import Saver
 from .state import Progress
@@ -34,6 +35,7 @@ def run_watched(
     saver: Saver,
     outputs: Outputs,
     dataset: CachedDataset,
+    previews: Previews | None,
 ) -> None:
     """The training loop, with all that can come in between.
 
@@ -42,6 +44,7 @@ def run_watched(
         saver: writes what the options, a request or a failure ask for.
         outputs: names in the run's folder, where requests are looked for.
         dataset: names the pictures of a batch.
+        previews: draws `sample_prompts`; None if there are none.
 
     Raises:
         Interrupted: a signal or a file asked for the end; adapter and state are saved.
@@ -52,8 +55,15 @@ def run_watched(
 
     def after_step() -> None:
         saver.after_step()
+        if previews is not None:
+            previews.after_step(progress.step, parts.average)
         request = requests.take()
-        if request is None:
+        if request is Action.PREVIEW:
+            if previews is None:
+                logger.warning("Previews were asked for, and sample_prompts names none.")
+            else:
+                previews.draw(progress.step, parts.average)
+        if request in (None, Action.PREVIEW):
             return
         state = saver.now()
         logger.warning("Saved on request: %s", state)
@@ -63,8 +73,15 @@ def run_watched(
                 requests.signal or 0,
             )
 
+    def after_epoch() -> None:
+        saver.after_epoch()
+        if previews is not None:
+            previews.after_epoch(progress.epoch, progress.step, parts.average)
+
     try:
         with requests.listening():
+            if previews is not None:
+                previews.before(progress.step, parts.average)
             run_loop(
                 accelerator,
                 parts,
@@ -73,7 +90,7 @@ def run_watched(
                 max_grad_norm=options.optimizer.max_grad_norm,
                 health=Health(options.loop.skip_nonfinite_steps, _names(dataset, parts.sampler, progress)),
                 on_step=after_step,
-                on_epoch=saver.after_epoch,
+                on_epoch=after_epoch,
             )
     except (TrainingError, torch.OutOfMemoryError) as error:
         text = str(error) if isinstance(error, TrainingError) else _memory_advice(options, error)

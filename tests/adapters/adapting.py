@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from anima_peft.adapters.factors import LoKrFactors, LoraFactors, NormDelta
+from anima_peft.adapters.factors import Factors as AnyFactors
+from anima_peft.adapters.factors import FullDelta, LoHaFactors, LoKrFactors, LoraFactors, NormDelta
 from anima_peft.adapters.naming import ModuleName, ModuleTable
 from anima_peft.models.names import native_to_diffusers
 from anima_peft.models.precision import set_qk_norm_eps
@@ -74,6 +78,31 @@ def assert_same_weights(found: Tensors, expected: Tensors) -> None:
     assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a model that an adapter could change: every tensor's bits, every layer, who acts, and how strongly."""
+
+    tensors: dict[str, str]
+    layers: list[str]
+    adapters: list[tuple[str, tuple[str, ...], dict[str, float]]]
+    configs: dict[str, list[str]]
+
+    @staticmethod
+    def of(components: Mapping[str, torch.nn.Module]) -> Snapshot:
+        named = [(f"{c}.{path}", module) for c, model in components.items() for path, module in model.named_modules()]
+        layers = [(path, module) for path, module in named if isinstance(module, BaseTunerLayer)]
+        return Snapshot(
+            {
+                f"{c}.{key}": hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+                for c, model in components.items()
+                for key, tensor in model.state_dict().items()
+            },
+            [f"{path}: {type(module).__name__}" for path, module in named],
+            [(path, tuple(layer.active_adapters), dict(layer.scaling)) for path, layer in layers],
+            {c: list(getattr(model, "peft_config", ())) for c, model in components.items()},
+        )
+
+
 def table(model: AnimaTransformerModel) -> ModuleTable:
     return ModuleTable(model.components)
 
@@ -116,22 +145,92 @@ def explicit(factors: Factors, strength: float = 1.0) -> AnimaTransformerModel:
 
 
 @torch.no_grad()
-def add_explicitly(model: AnimaTransformerModel, factors: Factors, strength: float = 1.0) -> None:
+def add_explicitly(model: AnimaTransformerModel, factors: Mapping[ModuleName, AnyFactors], strength: float = 1) -> None:
     for name, f in factors.items():
         module = model.components[name.component].get_submodule(name.path)
+        if f.bias is not None:
+            module.bias += (strength * f.bias.double()).to(module.bias.dtype)
         if isinstance(f, NormDelta):
             module.weight += strength * f.weight.float()
+        elif isinstance(f, LoraFactors) and f.magnitude is not None:
+            direction = module.weight.double() + strength * dense(f)
+            norms = direction.norm(dim=1, keepdim=True)
+            module.weight.copy_((f.magnitude.double()[:, None] * direction / norms).to(module.weight.dtype))
         else:
             module.weight += (strength * dense(f)).to(module.weight.dtype)
 
 
-def dense(f: LoraFactors | LoKrFactors) -> torch.Tensor:
-    """The delta in float64, written out as in the papers."""
+def dense(f: AnyFactors) -> torch.Tensor:
+    """The weight's delta in float64, written out as in the papers; DoRA's without its magnitude."""
     if isinstance(f, LoraFactors):
         return f.up.double() @ f.down.double() * (f.alpha / f.down.shape[0])
+    if isinstance(f, LoHaFactors):
+        (a, b), (c, d) = f.w1, f.w2
+        return (a.double() @ b.double()) * (c.double() @ d.double()) * (f.alpha / b.shape[0])
+    if isinstance(f, (FullDelta, NormDelta)):
+        return torch.zeros((), dtype=torch.float64) if f.weight is None else f.weight.double()
     w1, w2 = (x.double() if isinstance(x, torch.Tensor) else x[0].double() @ x[1].double() for x in (f.w1, f.w2))
     low_rank = [x[0].shape[1] for x in (f.w2, f.w1) if isinstance(x, tuple)]
     return torch.kron(w1, w2) * (f.alpha / low_rank[0] if low_rank else 1.0)
+
+
+QUERY_NORM = "blocks.0.self_attn.q_norm"
+CONDITIONER_NORM = "llm_adapter.blocks.1.norm_mlp"
+BIASED = (CONDITIONER_MLP, "llm_adapter.out_proj")
+KINDS_OF_FACTORS = (
+    "LoRA",
+    "DoRA",
+    "LoKr low-rank",
+    "LoKr full",
+    "LoKr decompose both",
+    "LoHa",
+    "full difference",
+    "LoRA and biases",
+    "full difference and biases",
+    "biases",
+    "norms",
+)
+
+
+def factors_of_kind(
+    model: AnimaTransformerModel, kind: str, *, seed: int = 0, rank: int = 2, alpha: float = 3.0
+) -> dict[ModuleName, AnyFactors]:
+    """An adapter of one of `KINDS_OF_FACTORS` on some modules of both components, as strong as a trained one."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = table(model)
+
+    def draw(*shape: int, size: float = 1.0) -> torch.Tensor:
+        return size * torch.randn(*shape, generator=generator)
+
+    def of_linear(name: ModuleName) -> AnyFactors:
+        out, into = modules.shape(name)  # type: ignore[misc]
+        bias = draw(out, size=0.2) if kind.endswith("biases") else None
+        if kind == "biases":
+            return FullDelta(bias=bias)
+        if kind.startswith("full difference"):
+            return FullDelta(draw(out, into, size=0.3 / into**0.5), bias)
+        if kind == "LoHa":
+            parts = [draw(out, rank), draw(rank, into), draw(out, rank), draw(rank, into, size=0.1 / into**0.5)]
+            return LoHaFactors((parts[0], parts[1]), (parts[2], parts[3]), alpha)
+        if kind.startswith("LoKr"):
+            (a, b), (c, d) = (2, out // 2), (4, into // 4)
+            w1 = draw(a, c) if kind != "LoKr decompose both" else (draw(a, 1), draw(1, c))
+            size = 0.2 / into**0.5
+            w2 = draw(b, d, size=size) if kind == "LoKr full" else (draw(b, rank), draw(rank, d, size=size))
+            full = kind == "LoKr full"
+            return LoKrFactors(w1, w2, float(max(b, d)) if full else alpha, max(b, d) if full else rank)
+        magnitude = None
+        if kind == "DoRA":
+            weight = model.components[name.component].get_submodule(name.path).weight
+            magnitude = weight.detach().norm(dim=1) * (1 + draw(out, size=0.1))
+        up = draw(out, rank, size=0.3 / rank**0.5)
+        return LoraFactors(draw(rank, into, size=into**-0.5), up, alpha, magnitude, bias)
+
+    if kind == "norms":
+        norms = [modules.by_native[native] for native in (QUERY_NORM, CONDITIONER_NORM)]
+        return {name: NormDelta(draw(*modules.shape(name), size=0.2)) for name in norms}  # type: ignore[misc]
+    wanted = [modules.by_native[native] for native in (BIASED if kind.endswith("biases") else SOME_MODULES)]
+    return {name: of_linear(name) for name in modules.linears if name in wanted}
 
 
 def kohya_stem(native: str) -> str:
@@ -166,4 +265,30 @@ def as_file(factors: Factors, style: str, *, alphas: bool = True) -> Tensors:
         tensors[f"{stem(name.native)}.{up}.weight"] = f.up * scale
         if alphas:
             tensors[f"{stem(name.native)}.alpha"] = torch.tensor(f.alpha)
+    return tensors
+
+
+def tensors_by_key(factors: Mapping[ModuleName, AnyFactors], style: str = "kohya") -> Tensors:
+    """The tensors of a file of any kind as others write it, alphas beside the factors; see `STYLES`."""
+    stem, down, up = STYLES[style]
+    tensors: Tensors = {}
+    for name, f in factors.items():
+        parts: dict[str, Any] = {"diff_b": f.bias}
+        if isinstance(f, NormDelta):
+            parts = {"w_norm": f.weight}
+        elif isinstance(f, FullDelta):
+            parts["diff"] = f.weight
+        elif isinstance(f, LoraFactors):
+            magnitude = None if f.magnitude is None else f.magnitude[:, None]
+            parts |= {f"{down}.weight": f.down, f"{up}.weight": f.up, "dora_scale": magnitude}
+        else:
+            for key, factor in zip(("1", "2"), (f.w1, f.w2), strict=True):
+                word = "hada_w" if isinstance(f, LoHaFactors) else "lokr_w"
+                if isinstance(factor, torch.Tensor):
+                    parts[word + key] = factor
+                else:
+                    parts[f"{word}{key}_a"], parts[f"{word}{key}_b"] = factor
+        if not isinstance(f, (NormDelta, FullDelta)):
+            parts["alpha"] = torch.tensor(f.alpha)
+        tensors |= {f"{stem(name.native)}.{part}": value.clone() for part, value in parts.items() if value is not None}
     return tensors

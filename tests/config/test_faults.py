@@ -12,6 +12,7 @@ from anima_peft.errors import InputError
 
 LONG = "a" * 201
 LOKR = "networks.lokr_anima"
+PROMPTS = str(Path(__file__).with_name("prompts.txt"))
 
 # train args, and the one fault that they have
 TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
@@ -207,7 +208,10 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
         {"save_model_as": "ckpt"},
         "save_model_as: not supported in this version: remove it; files are always safetensors",
     ),
-    ({"sample_every_n_steps": 10}, "sample_every_n_steps: not supported in this version: remove it; compare_prompts"),
+    ({"sample_every_n_steps": 10}, "sample_every_n_steps: has no effect without sample_prompts"),
+    ({"sample_prompts": PROMPTS}, "sample_prompts: has no effect without one of sample_every_n_steps, "),
+    ({"sample_prompts": "nothing.txt", "sample_at_first": True}, "sample_prompts: nothing.txt: cannot be read"),
+    ({"sample_sampler": "dpm"}, "sample_sampler: not supported in this version: remove it; pictures are drawn with"),
     ({"text_encoder_lr": [0, 1e-5]}, "text_encoder_lr: not supported in this version"),
     # missing
     ({"learning_rate": None}, "learning_rate: required, but not given."),

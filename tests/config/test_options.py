@@ -19,6 +19,8 @@ from anima_peft.training import optimizers
 
 from .conftest import DATASET
 
+PROMPTS = str(Path(__file__).with_name("prompts.txt"))
+
 # option: (value in the TOML, words on the command line, value kept)
 CASES: dict[str, tuple[Any, list[str], Any]] = {
     "anima_transformer": ("other/model", ["other/model"], "other/model"),
@@ -126,6 +128,10 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "logging_dir": ("logs", ["logs"], "logs"),
     "log_with": ("none", ["none"], "none"),
     "log_prefix": ("mine_", ["mine_"], "mine_"),
+    "sample_prompts": (PROMPTS, [PROMPTS], PROMPTS),
+    "sample_every_n_steps": (10, ["10"], 10),
+    "sample_every_n_epochs": (2, ["2"], 2),
+    "sample_at_first": (True, [], True),
     "compare_prompts": (["a cat --s 8", "a dog"], ["a cat --s 8", "a dog"], None),
 }
 # written inside the `key=value` list of another option
@@ -171,6 +177,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_scheduler_power": {"lr_scheduler": "polynomial"},
     "persistent_data_loader_workers": {"max_data_loader_n_workers": 1},
+    "sample_prompts": {"sample_at_first": True},
+    **{f"sample_{time}": {"sample_prompts": PROMPTS} for time in ("every_n_steps", "every_n_epochs", "at_first")},
     "save_last_n_epochs": {"save_every_n_epochs": 1},
     "save_last_n_steps": {"save_every_n_steps": 100},
     "save_last_n_epochs_state": {"save_every_n_epochs": 1, "save_state": True},
@@ -267,6 +275,8 @@ def test_a_switch_can_be_turned_off_on_the_command_line(load_with, name: str) ->
             load_with(argv=(f"--no-{name}",))
     else:
         beside = BESIDE.get(name, {})
+        if name == "sample_at_first":
+            beside = {**beside, "sample_every_n_steps": 1}  # without any, the prompts would have no effect
         assert load_with({**beside, name: True}, argv=(f"--no-{name}",)).values[name] is False
 
 

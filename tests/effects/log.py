@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from .bench import Effect
+from pathlib import Path
+
+from .bench import Built, Effect
 
 LOGGED = ("--log_with", "tensorboard")
+PROMPTS, TWO = (str(Path(__file__).with_name(name)) for name in ("prompts.txt", "two_prompts.txt"))
+AT_FIRST = ("--sample_prompts", PROMPTS, "--sample_at_first")
+
+
+def previews(built: Built) -> list[str]:
+    """Step and number of each."""
+    folder = built.result.adapter.parent / "sample"
+    return sorted(path.stem.removeprefix("test-step000000") for path in folder.glob("*"))
+
 
 EFFECTS = {
     "log_with": Effect(LOGGED, lambda built: built.result.log_folder is not None, False, True),
@@ -21,6 +32,20 @@ EFFECTS = {
         False,
         True,
         LOGGED,
+    ),
+    "sample_prompts": Effect(("--sample_prompts", TWO), previews, ["00-01"], ["00-01", "00-02"], AT_FIRST),
+    "sample_every_n_steps": Effect(
+        ("--sample_every_n_steps", "2"), previews, ["00-01"], ["00-01", "02-01", "04-01"], AT_FIRST
+    ),
+    "sample_every_n_epochs": Effect(
+        ("--sample_every_n_epochs", "1"), previews, ["00-01"], ["00-01", "04-01"], AT_FIRST
+    ),
+    "sample_at_first": Effect(
+        ("--sample_at_first",),
+        previews,
+        ["04-01"],
+        ["00-01", "04-01"],
+        ("--sample_prompts", PROMPTS, "--sample_every_n_steps", "4"),
     ),
     "compare_prompts": Effect(
         ("--compare_prompts", "a cat --w 64 --s 2", "a dog"),

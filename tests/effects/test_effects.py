@@ -46,11 +46,20 @@ def test_effect(bench: Bench, name: str) -> None:
         assert case.message in str(report.value)
         return
     before = case.observe(bench.build(case.beside, case.without, case.base))
-    after = case.observe(bench.build((*case.beside, *case.change), case.without, case.dataset or case.base))
+    words = (*_instead(case.beside, case.change), *case.change)
+    after = case.observe(bench.build(words, case.without, case.dataset or case.base))
     if case.before is DIFFERS:
         assert not _equal(before, after)
     else:
         assert (before, after) == (case.before, case.after)
+
+
+def _instead(beside: tuple[str, ...], change: tuple[str, ...]) -> tuple[str, ...]:
+    """What stands beside without the flag, and its value, that the change sets to another."""
+    if not change or change[0] not in beside:
+        return beside
+    place = beside.index(change[0])
+    return (*beside[:place], *beside[place + len(change) :])
 
 
 def _equal(one: object, other: object) -> bool:

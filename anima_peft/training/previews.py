@@ -1,0 +1,175 @@
+"""Pictures drawn while training, always of the same prompts and seeds."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ..generation import Request, labelled_grid, save_picture
+from ..models.latents import decode_latents
+from ..models.sources import ModelSources
+from ..models.text import TextInputs, condition_text
+from ..pipeline import AnimaPipeline
+from ..transformer import AnimaTransformerModel
+from .averages import AdapterAverage
+from .outputs import Outputs
+
+logger = logging.getLogger(__name__)
+
+_MOST_COLUMNS = 12
+
+
+class Previews:
+    """Draws the prompts with the model as it is, without a trace in its training.
+
+    The texts are encoded once, before training: the text encoder then takes no memory. The VAE waits on the CPU and
+    decodes in tiles, so that a preview fits where a training step does. Random states, modes and weights are
+    afterwards what they were.
+
+    Args:
+        model: the bare model; on its device when pictures are drawn.
+        requests: what to draw.
+        at_first: whether to draw before the first step.
+        every_steps, every_epochs: None for never.
+        max_length: tokens of a prompt that are kept.
+        dtype: that the model computes in.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: AnimaTransformerModel,
+        sources: ModelSources,
+        outputs: Outputs,
+        requests: Sequence[Request],
+        *,
+        at_first: bool,
+        every_steps: int | None,
+        every_epochs: int | None,
+        max_length: int,
+        dtype: torch.dtype,
+    ):
+        self._accelerator, self._model, self._outputs, self._requests = accelerator, model, outputs, list(requests)
+        self._at_first, self._every_steps, self._every_epochs = at_first, every_steps, every_epochs
+        self._pipe = AnimaPipeline.around(model, sources, dtype)
+        self._pipe.set_progress_bar_config(disable=True)
+        self._pipe.enable_vae_tiling()
+        device = accelerator.device
+        self._pipe.text_encoder.to(device)
+        self._texts = [
+            (self._encode(request.prompt, max_length), self._encode(request.negative_prompt, max_length))
+            for request in self._requests
+        ]
+        self._pipe.register_modules(text_encoder=None)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encode(self, text: str, max_length: int) -> TextInputs:
+        return self._pipe.encode_text(text, self._accelerator.device, max_length).to("cpu")
+
+    def before(self, step: int, average: AdapterAverage) -> None:
+        """Draw before the first step, if that is wanted and this is it."""
+        if self._at_first and step == 0:
+            self.draw(step, average)
+
+    def after_step(self, step: int, average: AdapterAverage) -> None:
+        """Draw if `every_steps` divides the steps done."""
+        if self._every_steps and step % self._every_steps == 0:
+            self.draw(step, average)
+
+    def after_epoch(self, epoch: int, step: int, average: AdapterAverage) -> None:
+        """Draw if `every_epochs` divides the epochs done."""
+        if self._every_epochs and epoch % self._every_epochs == 0:
+            self.draw(step, average)
+
+    def draw(self, step: int, average: AdapterAverage) -> None:
+        """Draw all prompts now, into the folder and the log. Where memory does not suffice, one warning says so."""
+        if not self._accelerator.is_main_process or self._path(step, len(self._requests)).exists():
+            return  # drawn at this step already, as an epoch's end and a number of steps may coincide
+        device = self._accelerator.device
+        was_training = self._model.training
+        devices = [device] if device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices), torch.no_grad(), average.in_place():
+                self._model.eval()
+                pictures = [self._picture(number) for number in range(len(self._requests))]
+        except torch.OutOfMemoryError as error:
+            logger.warning("step %d: there was no memory for previews (%s).", step, str(error).splitlines()[0])
+            return
+        finally:
+            self._model.train(was_training)
+            self._pipe.vae.to("cpu")
+        for number, (picture, request) in enumerate(zip(pictures, self._requests, strict=True), start=1):
+            save_picture(picture, self._path(step, number))
+            for tracker in self._accelerator.trackers:
+                images = {f"preview {number}: {request.prompt}": np.asarray(picture)[None]}
+                tracker.log_images(images, step=step, dataformats="NHWC")
+
+    def _picture(self, number: int) -> Image.Image:
+        request, device = self._requests[number], self._accelerator.device
+        shift = self._pipe.scheduler.shift
+        self._pipe.scheduler.set_shift(shift if request.flow_shift is None else request.flow_shift)
+        with self._accelerator.autocast():
+            positive, negative = (
+                condition_text(self._model.text_conditioner, text.to(self._model.text_conditioner.device)).to(device)
+                for text in self._texts[number]
+            )
+            latents = self._pipe(
+                prompt_embeds=positive,
+                negative_prompt_embeds=negative if request.guidance_scale != 1 else None,
+                width=request.width,
+                height=request.height,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                output_type="latent",
+                return_dict=False,
+            )[0]
+        self._pipe.scheduler.set_shift(shift)
+        pixels = decode_latents(self._pipe.vae.to(device), latents)
+        return self._pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+
+    def strip(self) -> Path | None:
+        """At the end: one picture with a row for each prompt and a column for each time; None if there was only one."""
+        if not self._accelerator.is_main_process:
+            return None
+        steps = self._steps()
+        if len(steps) < 2:
+            return None
+        if len(steps) > _MOST_COLUMNS:  # evenly, with the first and the last
+            steps = [steps[round(i * (len(steps) - 1) / (_MOST_COLUMNS - 1))] for i in range(_MOST_COLUMNS)]
+        rows = []
+        for number in range(1, len(self._requests) + 1):
+            with_all = [self._path(step, number) for step in steps]
+            rows.append([_read(path) for path in with_all])
+        grid = labelled_grid(rows, [request.prompt for request in self._requests], [f"step {step}" for step in steps])
+        save_picture(grid, self._outputs.strip)
+        return self._outputs.strip
+
+    def _steps(self) -> list[int]:
+        """The steps at which every prompt has been drawn, in this run or before it was resumed."""
+        last = self._path(0, len(self._requests)).name
+        pattern = re.compile(re.escape(last).replace("0" * 8, r"(\d{8})", 1))
+        found = [pattern.fullmatch(path.name) for path in self._outputs.previews()]
+        return sorted(
+            step
+            for match in found
+            if match is not None
+            for step in [int(match[1])]
+            if all(self._path(step, number).exists() for number in range(1, len(self._requests) + 1))
+        )
+
+    def _path(self, step: int, number: int) -> Path:
+        return self._outputs.preview(step, number)
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

@@ -1,0 +1,114 @@
+"""Pictures drawn while training: what they show, where they are, and that training does not notice them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from anima_peft import AnimaPipeline
+from anima_peft.miniature import MiniatureFiles
+from anima_peft.training import previews
+from anima_peft.training.run import train
+
+from .conftest import Configure
+
+PROMPTS = """# two of them
+red circle, white background --w 64 --h 64 --s 2 --l 2 --d 5
+
+blue square --w 32 --h 64 --s 2 --l 1
+"""
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "提示 词.txt"
+    path.write_text(PROMPTS, encoding="utf-8")
+    return path
+
+
+def logged(folder: Path | None) -> EventAccumulator:
+    assert folder is not None
+    return EventAccumulator(str(folder)).Reload()
+
+
+def losses(folder: Path | None) -> list[float]:
+    return [event.value for event in logged(folder).Scalars("loss")]
+
+
+def test_training_is_the_same_to_the_last_bit_with_previews(
+    configure: Configure, prompts: Path, tmp_path: Path
+) -> None:
+    """Also with dropout, which draws from the random state that previews must not touch."""
+    flags = ["--max_train_steps", "4", "--log_with", "tensorboard", "--network_dropout", "0.3", "--use_ema"]
+    flags += ["--network_args", "train_llm_adapter=true"]
+    plain = train(configure(*flags, output_dir=tmp_path / "plain"))
+    times = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_steps", "2"]
+    drawn = train(configure(*flags, *times, output_dir=tmp_path / "drawn"))
+    assert losses(plain.log_folder) == losses(drawn.log_folder)
+    one, other = load_file(plain.adapter), load_file(drawn.adapter)
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    names = sorted(path.name for path in (tmp_path / "drawn" / "sample").iterdir())
+    assert names == [f"test-step0000000{step}-0{number}.png" for step in (0, 2, 4) for number in (1, 2)]
+    tags = logged(drawn.log_folder).Tags()["images"]
+    assert tags == ["preview 1: red circle, white background", "preview 2: blue square"]
+    assert len(logged(drawn.log_folder).Images(tags[0])) == 3
+    assert drawn.previews == tmp_path / "drawn" / "test-previews.png"
+    with Image.open(drawn.previews) as strip:
+        assert strip.width > 3 * 160
+
+
+def test_a_preview_is_what_the_pipeline_draws_with_the_saved_file(
+    configure: Configure, prompts: Path, miniature: MiniatureFiles, tmp_path: Path
+) -> None:
+    flags = ["--max_train_steps", "3", "--sample_prompts", str(prompts), "--sample_every_n_steps", "3", "--use_ema"]
+    result = train(configure(*flags, "--learning_rate", "2e-2"))
+    assert result.previews is None  # one time makes no strip
+    pipe = AnimaPipeline.from_single_files(
+        transformer=miniature.transformer,
+        text_encoder=miniature.text_encoder,
+        vae=miniature.vae,
+        tokenizer=miniature.tokenizer,
+        t5_tokenizer=miniature.t5_tokenizer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def difference() -> int:
+        generator = torch.Generator("cpu").manual_seed(5)
+        size: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 2.0}
+        expected = pipe("red circle, white background", generator=generator, **size).images[0]
+        with Image.open(result.adapter.parent / "sample" / "test-step00000003-01.png") as found:
+            return int(np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int)).max())
+
+    without = difference()
+    pipe.load_lora_weights(result.adapter)
+    assert difference() <= 1 < without
+
+
+def test_without_memory_training_goes_on(
+    configure: Configure, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(previews, "decode_latents", full)
+    result = train(configure("--max_train_steps", "2", "--sample_prompts", str(prompts), "--sample_every_n_steps", "1"))
+    assert result.steps == 2
+    assert "there was no memory for previews (CUDA out of memory" in caplog.text
+    assert not (result.adapter.parent / "sample").exists()
+
+
+def test_epochs_and_a_resumed_run_share_one_strip(configure: Configure, prompts: Path, tmp_path: Path) -> None:
+    times = ["--sample_prompts", str(prompts), "--sample_every_n_epochs", "1", "--save_state_on_train_end"]
+    first = train(configure("--max_train_epochs", "1", *times))
+    again = train(configure("--max_train_epochs", "2", *times, "--resume", "latest"))
+    assert first.previews is None
+    assert again.previews is not None
+    assert len(list((again.adapter.parent / "sample").iterdir())) == 4
