@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..data.masks import MaskSource
 from ..data.pictures import Picture
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ def other_settings(options: TrainOptions) -> dict[str, Any]:
 
 
 def _fingerprint(pictures: Sequence[Picture]) -> str:
-    """Of all that is known of each picture but its place: a folder may move."""
-    known = [{key: value for key, value in asdict(picture).items() if key != "path"} for picture in pictures]
+    """Of all that is known of each picture but places: folders may move."""
+    known = [{**asdict(picture), "path": None, "mask": _without_place(picture.mask)} for picture in pictures]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8")).hexdigest()
+
+
+def _without_place(mask: MaskSource | None) -> object:
+    return mask and (mask.sha256, mask.from_alpha)

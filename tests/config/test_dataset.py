@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from anima_peft.config.dataset import parse_resolution
+from anima_peft.config.dataset_options import parse_resolution
 from anima_peft.data.specs import CaptionSpec, DatasetSpec, SubsetSpec
 from anima_peft.errors import InputError
 
