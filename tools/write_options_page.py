@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from anima_peft.config.command_line import FileOptions
-from anima_peft.config.dataset import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
+from anima_peft.config.dataset_options import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
 from anima_peft.config.loading import GROUPS
 from anima_peft.config.options import Kind, Needs, Option, options_of
 from anima_peft.config.reading import shown

@@ -234,6 +234,7 @@ def _check_levels(datasets: list[Levels], subsets: list[Levels], faults: Faults)
     without: dict[str, str] = {}
     harmless: dict[str, str] = {}
     heeded: set[str] = set()
+    enable_bucket = _ALL_OPTIONS["enable_bucket"]
     places = [(_DATASET_OPTIONS, dataset) for dataset in datasets]
     places += [((*_SUBSET_OPTIONS, *_PLACE_OPTIONS), subset) for subset in subsets]
     for options, levels in places:
@@ -245,9 +246,7 @@ def _check_levels(datasets: list[Levels], subsets: list[Levels], faults: Faults)
             text = texts.get(declared.name) or missing_effect(declared, _ALL_OPTIONS, levels)
             if not text:
                 heeded.add(given.path)
-            elif (
-                BOUNDED_BUCKETS in declared.rules.only_with and value_of(_ALL_OPTIONS["enable_bucket"], levels) is True
-            ):
+            elif BOUNDED_BUCKETS in declared.rules.only_with and value_of(enable_bucket, levels) is True:
                 harmless[given.path] = text
             else:
                 without[given.path] = text

@@ -17,7 +17,8 @@ from ..errors import InputError
 from . import checks, foreign
 from .command_line import FileOptions, help_text, make_parser, read_flags
 from .config_files import MIGRATION, ConfigFile, given_of, read_config_file
-from .dataset import BatchKeys, DatasetKeys, Datasets, SubsetKeys, origin_of, read_datasets
+from .dataset import Datasets, origin_of, read_datasets
+from .dataset_options import BatchKeys, DatasetKeys, SubsetKeys
 from .files import read_toml
 from .migration import Migration
 from .network import ARGUMENT_LISTS

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .dataset import PlaceKeys
+from .dataset_options import PlaceKeys
 from .network import ARGUMENT_LISTS, LOKR, LORA
 from .old_file import Key, OldFile, leaves, path_of
 from .options import options_of

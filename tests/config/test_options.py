@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from anima_peft.config import TrainOptions, build_parser, foreign, load
-from anima_peft.config.dataset import DatasetKeys, SubsetKeys
+from anima_peft.config.dataset_options import DatasetKeys, SubsetKeys
 from anima_peft.config.loading import GROUPS, OPTIONS
 from anima_peft.config.options import options_of
 from anima_peft.errors import InputError

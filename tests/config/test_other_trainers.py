@@ -6,7 +6,7 @@ import pytest
 
 from anima_peft.config import foreign, load
 from anima_peft.config.command_line import FileOptions
-from anima_peft.config.dataset import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
+from anima_peft.config.dataset_options import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
 from anima_peft.config.loading import OPTIONS
 from anima_peft.config.network import ARGUMENT_LISTS
 from anima_peft.config.options import options_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tests.effects
-from anima_peft.config.dataset import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
+from anima_peft.config.dataset_options import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
 from anima_peft.config.loading import OPTIONS
 from anima_peft.config.options import options_of
 from anima_peft.errors import InputError
