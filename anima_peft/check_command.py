@@ -16,7 +16,7 @@ from .files import write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .data import Picture
+    from .data import BucketBatchSampler, Picture
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _caption_cost(pictures: tuple[Picture, ...], config: RunConfig) -> str:
     return plan.sentence()
 
 
-def _sampler(pictures: tuple[Picture, ...], seed: int):  # type: ignore[no-untyped-def]  # imported late
+def _sampler(pictures: tuple[Picture, ...], seed: int) -> BucketBatchSampler:
     from .data import BucketBatchSampler, SampleTable
 
     table = SampleTable(pictures)

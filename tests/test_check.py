@@ -150,13 +150,19 @@ def test_what_is_missing_is_said(argv: list[str], message: str, capsys: pytest.C
 
 @pytest.mark.parametrize("train", ["", "network_args = ['train_llm_adapter=true']\n"], ids=["frozen", "trained"])
 def test_measuring_times_every_bucket_and_writes_nothing(
-    check: Check, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str
+    check: Check,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    train: str,
 ) -> None:
+    (pictures / "09.txt").write_text("red circle, " * 40, encoding="utf-8")
     seconds = iter([1.0, 2.0, 3.0, 0.5, 0.25, 4.0])  # of the VAE, then of a batch, for the three buckets
     real = measuring._seconds
     monkeypatch.setattr(measuring, "_seconds", lambda action, device: (real(action, device), next(seconds))[1])
     monkeypatch.setattr(measuring, "_STEPS", 2)
-    code, out, _ = check("--measure", subset="flip_aug = true\n", train=train)
+    code, out, _ = check("--measure", subset="flip_aug = true\n", train=f"anima_seq_len = 64\n{train}")
     assert code == DONE
     lines = [line.split() for line in out.partition("Measured on this machine")[2].splitlines()]
     assert ["48", "x", "80", "4", "1.000", "0.500"] in lines
@@ -164,6 +170,8 @@ def test_measuring_times_every_bucket_and_writes_nothing(
     assert "Encoding 24 pictures: about 48 s" in out  # 2 s on average
     assert "Training: about 24 s" in out  # 5 epochs of 4.75 s
     assert "GiB (cpu)." in out
+    assert "09.png" in caplog.text
+    assert "anima_seq_len = 64" in caplog.text
     assert not (tmp_path / "out").exists()
     assert not list(pictures.rglob("*.safetensors"))
 

@@ -17,7 +17,8 @@ from .pictures import Picture
 from .pixels import decode_rgb
 
 _HASH_SIDE = 8
-_MOST_BITS = 6  # of 64 that differ; resized and recompressed copies differ in 0 to 5
+# Of 64 that differ: copies of drawn patches, resized or as JPEG, differ in 3 at most, other pictures in 12 or more.
+_MOST_BITS = 6
 _MOST_DIFFERENCE = 10.0  # of 255, between the means of 8 x 8 areas: flat pictures have like hashes
 _BLOCK = 512
 

@@ -19,7 +19,7 @@ from ..data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS
 from ..data.pictures import Picture, load_pixels
 from ..data.summary import BucketRow, bucket_rows, table
 from ..transformer import AnimaTransformerModel
-from .encoding import latent_encoder
+from .encoding import TextModels, latent_encoder, report_cut_captions
 from .engine import engine
 from .loop import batch_loss
 from .network import add_network
@@ -85,6 +85,8 @@ class Measured:
 def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
     """Load the model, and time the VAE and a few training steps at the size of each bucket. Nothing is written.
 
+    Captions that are longer than `anima_seq_len` are named in a warning.
+
     Raises:
         InputError: a part of the model cannot be loaded.
     """
@@ -97,6 +99,9 @@ def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
         sources = locate_sources(options)
         encoding = _encoding_times(rows, pictures, sources.vae, dtype, device)
         model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype=dtype)
+        length = options.model.anima_seq_len
+        text = TextModels(sources, model, "", dtype, device, length, options.trains_conditioner)
+        report_cut_captions({picture.caption: picture for picture in pictures}, text)
         add_network(model, options)
         prepare_model(model, options, accelerator)
         if device.type == "cuda":

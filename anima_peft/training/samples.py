@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from ..data.caching import plan_masks
 from ..data.caption_choice import CaptionChoice, captions_of_run
 from ..data.dataset import BucketBatchSampler, CachedDataset, SampleKey, SampleTable
@@ -52,7 +54,9 @@ def planned_steps(loop: LoopOptions, batches: int) -> int:
 def batches_of_run(sampler: BucketBatchSampler, batches_per_step: int, total_steps: int) -> Iterator[list[SampleKey]]:
     """Every batch of the epochs that a run enters: data loaders read on beyond its last step."""
     steps_per_epoch = -(-len(sampler) // batches_per_step)
-    for epoch in range(-(-total_steps // steps_per_epoch)):
+    epochs = range(-(-total_steps // steps_per_epoch))
+    # A bar only where it takes long: a million samples take about 15 seconds.
+    for epoch in tqdm(epochs, desc="choosing captions", unit="epoch", delay=2, leave=False):
         yield from sampler.batches(epoch)
 
 

@@ -12,7 +12,8 @@ from ..data.pictures import Picture
 from ..data.summary import size_text
 
 MOST_KEPT = 8 * 2**30  # bytes of encoded captions that a program may put on a disk unasked
-_CHARACTERS_PER_TOKEN = 3.5  # of tags in English, measured with both tokenizers; other languages have fewer
+# Of UTF-8, with the tokenizer that makes more of a text; 3.7 to 4.0 for English, Chinese and Japanese captions.
+_BYTES_PER_TOKEN = 3.5
 
 
 @dataclass(frozen=True)
@@ -86,5 +87,5 @@ def plan_text(
 
 def entry_size(caption: str, max_length: int, width: int, dtype: torch.dtype) -> int:
     """About how many bytes an encoded caption takes."""
-    tokens = min(max_length, int(len(caption.encode()) / _CHARACTERS_PER_TOKEN) + 1)
+    tokens = min(max_length, int(len(caption.encode()) / _BYTES_PER_TOKEN) + 1)
     return tokens * width * dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from anima_peft.data import DatasetSpec, Picture, load_pixels, place
-from anima_peft.data.pixels import _shrink, picture_size
+from anima_peft.data.pixels import INTERPOLATIONS, _shrink, picture_size
 from anima_peft.errors import InputError
 
 
@@ -61,6 +62,18 @@ def test_modes_keep_a_grey_ramp(tmp_path: Path, square: DatasetSpec, mode: str) 
         assert saved.mode == mode
     pixels = colours(load_pixels(picture_of(path, square), flip=False)).astype(int)
     assert np.abs(pixels - ramp[:, :, None]).max() <= (3 if mode == "CMYK" else 0)
+
+
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+@pytest.mark.parametrize("side", [96, 16], ids=["shrunk", "enlarged"])
+def test_filters(tmp_path: Path, square: DatasetSpec, name: str, side: int) -> None:
+    rgb = Image.fromarray(np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    rgb.save(tmp_path / "a.png")
+    picture = dataclasses.replace(picture_of(tmp_path / "a.png", square), interpolation=name)
+    seen = colours(load_pixels(picture, flip=False)).astype(int)
+    # Whole ratios: averaging areas is PIL's box filter.
+    expected = np.asarray(rgb.resize((32, 32), INTERPOLATIONS[name] or Image.Resampling.BOX)).astype(int)
+    assert np.abs(seen - expected).max() <= (1 if name == "area" else 0)
 
 
 def test_transparency_is_dropped(tmp_path: Path, square: DatasetSpec) -> None:
