@@ -17,7 +17,7 @@ from ..data.pictures import Picture
 from .encoding import TextModels, cache_captions, cache_latents, latent_encoder, report_cut_captions
 from .live import LiveEncoders
 from .prepare import noise_sampler, sigma_sampler
-from .text_plan import plan_text
+from .text_plan import TextPlan, plan_text
 
 if TYPE_CHECKING:
     from ..config import LoopOptions, TrainOptions
@@ -60,7 +60,7 @@ def batches_of_run(sampler: BucketBatchSampler, batches_per_step: int, total_ste
         yield from sampler.batches(epoch)
 
 
-def prepare_samples(
+def prepare_samples(  # long by its arguments and theirs: one call each, in the order in which they happen
     options: TrainOptions,
     pictures: tuple[Picture, ...],
     sampler: BucketBatchSampler,
@@ -87,9 +87,8 @@ def prepare_samples(
     loop = options.loop
     cache_dir = Path(loop.cache_dir) if loop.cache_dir else None
     choose = CaptionChoice(loop.seed, len(sampler), loop.gradient_accumulation_steps, total_steps)
-    kept = pictures if loop.cache_latents else ()
     latents = cache_latents(
-        kept,
+        pictures if loop.cache_latents else (),
         vae,
         model_hash=vae_hash,
         dtype=text.dtype,
@@ -99,29 +98,19 @@ def prepare_samples(
     )
     masks = plan_masks(pictures, cache_dir=cache_dir)
     masks.encode()
-
-    run = batches_of_run(sampler, loop.gradient_accumulation_steps, total_steps)
-    captions = captions_of_run(pictures, SampleTable(pictures).picture_of_sample, run, choose)
-    plan = plan_text(
-        pictures,
-        captions,
-        keep=loop.cache_text_encoder_outputs,
-        max_length=text.max_length,
-        width=text.model.text_conditioner.config.target_dim,
-        dtype=text.dtype,
-    )
-    files, encode_text = None, None
+    plan = _plan_text(options, pictures, sampler, choose, text)
+    captions, encode_text = None, None
     if plan.captions is not None:
         needed = {caption: pictures[number] for caption, number in plan.captions.items()}
-        files = cache_captions(needed, text, cache_dir=cache_dir).of_caption
+        captions = cache_captions(needed, text, cache_dir=cache_dir).of_caption
     else:
         report_cut_captions({picture.caption: picture for picture in pictures}, text)
         encode_text = text.encoder()
-    live = [file is None for file in latents.files] if loop.cache_latents else [True] * len(pictures)
+    files = latents.files if loop.cache_latents else (None,) * len(pictures)
     dataset = CachedDataset(
         pictures,
-        latents.files if loop.cache_latents else [None] * len(pictures),
         files,
+        captions,
         masks.files,
         seed=loop.seed,
         draw_sigma=sigma_sampler(options),
@@ -129,17 +118,36 @@ def prepare_samples(
         choose_caption=choose,
         prior_loss_weight=options.picture_loss.prior_loss_weight,
     )
-    encode_latents = latent_encoder(vae, text.dtype, text.device) if any(live) else None
-    notes = (_latents_note(live, loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
+    live = sum(file is None for file in files)
+    encode_latents = latent_encoder(vae, text.dtype, text.device) if live else None
+    notes = (_latents_note(live, len(pictures), loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
     return Samples(dataset, LiveEncoders(encode_latents, encode_text), notes)
 
 
-def _latents_note(live: list[bool], kept: bool) -> str:
-    if not any(live):
-        return f"Latents are encoded before training and kept: those of all {len(live)} pictures."
+def _plan_text(
+    options: TrainOptions,
+    pictures: tuple[Picture, ...],
+    sampler: BucketBatchSampler,
+    choose: CaptionChoice,
+    text: TextModels,
+) -> TextPlan:
+    run = batches_of_run(sampler, choose.batches_per_step, choose.total_steps)
+    return plan_text(
+        pictures,
+        captions_of_run(pictures, SampleTable(pictures).picture_of_sample, run, choose),
+        keep=options.loop.cache_text_encoder_outputs,
+        max_length=text.max_length,
+        width=text.model.text_conditioner.config.target_dim,
+        dtype=text.dtype,
+    )
+
+
+def _latents_note(live: int, pictures: int, kept: bool) -> str:
+    if not live:
+        return f"Latents are encoded before training and kept: those of all {pictures} pictures."
     why = "cache_latents = false" if not kept else "color_aug or random_crop vary them"
     return (
-        f"The pixels of {sum(live)} of {len(live)} pictures are encoded in every step ({why}): the VAE stays in "
+        f"The pixels of {live} of {pictures} pictures are encoded in every step ({why}): the VAE stays in "
         "memory, and each step takes longer by its encoding."
     )
 
