@@ -37,7 +37,7 @@ def check_learns(teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, fol
     right = [path.read_bytes() for path in captions]
     for path, other in zip(captions, right[1:] + right[:1], strict=True):
         path.write_bytes(other)
-    teach(pictures, "--max_train_steps", "1")
+    teach(pictures, "--max_train_steps", "1", "--lr_scheduler", "constant", "--lr_warmup_steps", "0")
     for path, own in zip(captions, right, strict=True):
         path.write_bytes(own)
     adapter = teach(pictures, *SHORT, *flags, "--overwrite")

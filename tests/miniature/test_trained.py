@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anima_peft.adapters.formats import FORMATS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from anima_peft.adapters.writing import FORMATS
 from anima_peft.cli import main
 from anima_peft.config import load
 from anima_peft.miniature import (
