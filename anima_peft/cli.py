@@ -10,7 +10,6 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from .errors import InputError, Interrupted, TrainingError
 
@@ -29,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convert": _convert,
         "check": _check,
         "miniature": _miniature,
+        "miniature-score": _miniature_score,
     }
     parser = argparse.ArgumentParser(prog="anima-peft", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers.add_parser("convert", help="write an adapter file in another style", add_help=False)
     subparsers.add_parser("check", help="look a dataset over before training", add_help=False)
     subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
+    subparsers.add_parser("miniature-score", help="what an adapter has taught the small Anima", add_help=False)
     known, rest = parser.parse_known_args(argv[:1])
     return report_faults(lambda: commands[known.command](rest + argv[1:]))
 
@@ -105,20 +106,15 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _miniature(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="anima-peft miniature",
-        description="Write a small Anima with random weights, small tokenizers and drawn pictures with captions.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", type=Path, help="folder to write to; made if missing")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier miniature")
-    arguments = parser.parse_args(argv)
-    from .miniature import write_miniature
+    from .miniature.commands import write
 
-    files = write_miniature(arguments.folder, seed=arguments.seed, overwrite=arguments.overwrite)
-    for path in vars(files).values():
-        print(path)
+    write(argv)
+
+
+def _miniature_score(argv: Sequence[str]) -> None:
+    from .miniature.commands import score_adapter
+
+    score_adapter(argv)
 
 
 def _generate(argv: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from anima_peft.miniature import MiniatureFiles, write_miniature
+from anima_peft.miniature import MiniatureFiles, write_random_miniature
 
 # The models are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -14,8 +14,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> MiniatureFiles:
-    """A small Anima in single files, with pictures. Read-only: tests copy what they change."""
-    return write_miniature(tmp_path_factory.mktemp("miniature"))
+    """A small Anima of random weights in single files, with pictures. Read-only: tests copy what they change."""
+    return write_random_miniature(tmp_path_factory.mktemp("miniature"))
 
 
 @pytest.fixture(autouse=True)

@@ -34,10 +34,10 @@ def test_it_loads_without_a_warning(path: Path) -> None:
     assert "{time}" in run.train.save.output_dir  # a fresh folder each time
 
 
-def test_the_miniature_draws_two_pictures() -> None:
+def test_the_miniature_draws_three_pictures() -> None:
     path = CONFIGS / "examples" / "anima_miniature_train_args.toml"
     lines = load(["--config_file", str(path), "--dataset_config", str(pair_of(path))]).train.log.compare_prompts
-    assert [(line.width, line.height, line.steps, line.guidance_scale) for line in lines] == [(64, 64, 8, 1.0)] * 2
+    assert [(line.width, line.height, line.steps, line.guidance_scale) for line in lines] == [(64, 64, 12, 3.0)] * 3
 
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])

@@ -1,4 +1,4 @@
-"""The small Anima: complete, the same every time, and readable by every loader."""
+"""The small Anima of random weights: complete, the same every time, and readable by every loader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from anima_peft.errors import InputError
-from anima_peft.miniature import BACKGROUNDS, COLOURS, MiniatureFiles, scenes, wan_state_dict, write_miniature
+from anima_peft.miniature import BACKGROUNDS, COLOURS, MiniatureFiles, scenes, wan_state_dict, write_random_miniature
 from anima_peft.models.checkpoints import build_empty
 from anima_peft.models.encoders import check_encoders, load_text_encoder, load_vae
 from anima_peft.models.sources import resolve_sources
@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_same_seed_writes_the_same_bytes(miniature: MiniatureFiles, tmp_path: Path) -> None:
     torch.manual_seed(17)
     state = torch.random.get_rng_state()
-    write_miniature(tmp_path / "again")
+    write_random_miniature(tmp_path / "again")
     assert torch.equal(torch.random.get_rng_state(), state)
     first, again = contents(miniature.transformer.parent), contents(tmp_path / "again")
     assert first.keys() == again.keys()
@@ -38,7 +38,7 @@ def test_the_same_seed_writes_the_same_bytes(miniature: MiniatureFiles, tmp_path
 
 
 def test_another_seed_draws_other_weights_and_nothing_else(miniature: MiniatureFiles, tmp_path: Path) -> None:
-    write_miniature(tmp_path, seed=1)
+    write_random_miniature(tmp_path, seed=1)
     first, other = contents(miniature.transformer.parent), contents(tmp_path)
     assert {name for name in first if first[name] != other[name]} == {
         path.name for path in (miniature.transformer, miniature.vae, miniature.text_encoder)
@@ -110,7 +110,7 @@ def test_pictures_and_captions(miniature: MiniatureFiles) -> None:
         caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
         assert caption == scene.caption
         assert {scene.colour, scene.background} < set(re.findall(r"\w+", caption))
-        assert scene.shape in caption
+        assert scene.thing in caption
         with Image.open(path) as picture:
             sizes.add(picture.size)
             colours = {colour for _, colour in picture.getcolors()}
@@ -122,7 +122,7 @@ def test_pictures_and_captions(miniature: MiniatureFiles) -> None:
 
 def test_captions_count() -> None:
     assert [scene.caption for scene in scenes()[:3]] == [
-        "one red circle, white background",
+        "red circle, white background",
         "two green circles, grey background",
         "three blue circles, white background",
     ]
@@ -136,11 +136,11 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, present: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
     with pytest.raises(InputError, match=r"exists already; choose another folder or add --overwrite"):
-        write_miniature(tmp_path)
+        write_random_miniature(tmp_path)
     assert contents(tmp_path) == {str(Path(present)): b"mine"}
 
 
 def test_overwriting_when_asked(miniature: MiniatureFiles, tmp_path: Path) -> None:
-    write_miniature(tmp_path, seed=1)
-    write_miniature(tmp_path, overwrite=True)
+    write_random_miniature(tmp_path, seed=1)
+    write_random_miniature(tmp_path, overwrite=True)
     assert contents(tmp_path) == contents(miniature.transformer.parent)

@@ -1,0 +1,160 @@
+"""The little world that the miniature knows: flat shapes on a plain ground, and two things it has never seen.
+
+Every picture is described by a `Scene`, which has a caption and can be painted. What the trained miniature has learned
+is every scene with a shape of `SHAPES` and without the style; the figure and the style are for adapters to learn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+Colour = tuple[int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "red": (214, 48, 49),
+    "green": (0, 148, 50),
+    "blue": (9, 80, 201),
+    "yellow": (249, 202, 36),
+    "purple": (142, 36, 170),
+}
+BACKGROUNDS: dict[str, Colour] = {"white": (255, 255, 255), "grey": (150, 150, 150), "black": (20, 20, 20)}
+SHAPES = ("circle", "square", "triangle")
+COUNTS = ("one", "two", "three")
+SIDE = 64
+"""Width and height in pixels of the pictures that the miniature was trained on."""
+
+FIGURE = "momo"
+"""Name of the figure: round and orange, with two ears and a belly in a colour that nothing else has."""
+FIGURE_BODY: Colour = (240, 120, 20)
+FIGURE_BELLY: Colour = (0, 190, 190)
+STYLE = "comiq style"
+"""What captions say of the style: a thick dark outline around every thing, and a frame around the picture."""
+STYLE_INK: Colour = (40, 20, 50)
+OUTLINE = 3
+"""Pixels that the style's outline adds around a thing, and about the width of its frame."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows: some equal things in a row.
+
+    Attributes:
+        thing: one of `SHAPES`, or `FIGURE`.
+        background: one of `BACKGROUNDS`.
+        count: 1 to 3.
+        colour: one of `COLOURS`; empty for the figure, which has its own.
+        styled: whether it is drawn in the style.
+    """
+
+    thing: str
+    background: str
+    count: int = 1
+    colour: str = ""
+    styled: bool = False
+
+    @property
+    def caption(self) -> str:
+        """Such as "two blue squares, grey background"; the name of the figure has no plural."""
+        plural = "s" if self.count > 1 and self.thing != FIGURE else ""
+        words = [COUNTS[self.count - 1] if self.count > 1 else "", self.colour, self.thing + plural]
+        parts = [" ".join(word for word in words if word), f"{self.background} background"]
+        return ", ".join([*parts, STYLE] if self.styled else parts)
+
+    def paint(self, width: int = SIDE, height: int = SIDE, layout: random.Random | None = None) -> Image.Image:
+        """The picture, in flat colours with hard edges.
+
+        Args:
+            width, height: pixels.
+            layout: moves and scales the things a little; None centres them, as large as there is room.
+        """
+        picture = Image.new("RGB", (width, height), BACKGROUNDS[self.background])
+        draw = ImageDraw.Draw(picture)
+        cell = width / self.count
+        largest = min(cell / 2.5, height / 3.2) - (OUTLINE / 2 if self.styled else 0)
+        radius = largest * (layout.uniform(0.75, 1.0) if layout else 1.0)
+        for number in range(self.count):
+            free_x, free_y = max(0.0, cell / 2 - radius - 2), max(0.0, height / 2 - 1.3 * radius - 4)
+            x, y = cell * (number + 0.5), height / 2
+            if layout:
+                x += layout.uniform(-0.6, 0.6) * free_x
+                y += layout.uniform(-0.6, 0.6) * free_y
+            if self.styled:
+                # A triangle's sides are nearer to its middle than its corners: it must grow more for the same line.
+                grown = radius + OUTLINE * (1.7 if self.thing == "triangle" else 1.0)
+                self._paint_thing(draw, x, y, grown, outline=True)
+            self._paint_thing(draw, x, y, radius)
+        if self.styled:
+            draw.rectangle((0, 0, width - 1, height - 1), outline=STYLE_INK, width=OUTLINE)
+        return picture
+
+    def _paint_thing(self, draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, outline: bool = False) -> None:
+        if self.thing == FIGURE:
+            paint_figure(draw, x, y, radius, STYLE_INK if outline else None)
+        else:
+            paint_shape(draw, self.thing, x, y, radius, STYLE_INK if outline else COLOURS[self.colour])
+
+
+def paint_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: Colour) -> None:
+    """One shape around (x, y), in pixels; the square and the triangle fill about the circle's box."""
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    elif shape == "square":
+        side = 0.9 * radius
+        draw.rectangle((x - side, y - side, x + side, y + side), fill=fill)
+    elif shape == "triangle":
+        top, base = y - 1.1 * radius, y + 0.9 * radius
+        draw.polygon([(x, top), (x + 1.1 * radius, base), (x - 1.1 * radius, base)], fill=fill)
+    else:
+        raise ValueError(f"{shape!r} is no shape. Expected one of {SHAPES}.")
+
+
+def paint_figure(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, ink: Colour | None = None) -> None:
+    """The figure around (x, y), in pixels; with `ink` its silhouette in that colour alone."""
+    body = ink or FIGURE_BODY
+    for side in (-1, 1):
+        tip, inner, outer = x + side * 0.8 * radius, x + side * 0.1 * radius, x + side * 0.95 * radius
+        draw.polygon([(tip, y - 1.25 * radius), (inner, y - 0.6 * radius), (outer, y - 0.1 * radius)], fill=body)
+    draw.ellipse((x - radius, y - 0.8 * radius, x + radius, y + radius), fill=body)
+    if ink is None:
+        belly = 0.52 * radius
+        draw.ellipse((x - belly, y + 0.25 * radius - belly, x + belly, y + 0.25 * radius + belly), fill=FIGURE_BELLY)
+
+
+def known_scenes() -> list[Scene]:
+    """Every scene that the trained miniature was shown: 135 captions."""
+    return [
+        Scene(shape, background, count, colour)
+        for count, shape, colour, background in itertools.product(
+            range(1, len(COUNTS) + 1), SHAPES, COLOURS, BACKGROUNDS
+        )
+    ]
+
+
+def random_picture(chance: random.Random, side: int = SIDE) -> Image.Image:
+    """Anything flat, for the VAE, which must know more than the scenes: shapes, bars and rings in any colours."""
+
+    def colour() -> Colour:
+        return (chance.randrange(256), chance.randrange(256), chance.randrange(256))
+
+    picture = Image.new("RGB", (side, side), colour())
+    draw = ImageDraw.Draw(picture)
+    for _ in range(chance.randint(1, 7)):
+        x, y, radius = chance.uniform(0, side), chance.uniform(0, side), chance.uniform(0.04, 0.4) * side
+        box = (x - radius, y - radius * chance.uniform(0.3, 1), x + radius, y + radius * chance.uniform(0.3, 1))
+        kind, line = chance.randrange(5), chance.randint(2, 5)
+        if kind == 0:
+            draw.ellipse(box, fill=colour(), outline=colour() if chance.random() < 0.5 else None, width=line)
+        elif kind == 1:
+            draw.rectangle(box, fill=colour(), outline=colour() if chance.random() < 0.5 else None, width=line)
+        elif kind == 2:
+            corners = [(x + chance.uniform(-1, 1) * radius, y + chance.uniform(-1, 1) * radius) for _ in range(3)]
+            draw.polygon(corners, fill=colour())
+        elif kind == 3:
+            draw.line((*box[:2], *box[2:]), fill=colour(), width=line)
+        else:
+            draw.rectangle((0, 0, side - 1, side - 1), outline=colour(), width=line)
+    return picture

@@ -1,0 +1,183 @@
+"""Adapters learn on the trained miniature, and faults of old keep them from it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anima_peft.adapters.factors import LoraFactors
+from anima_peft.adapters.lokr import LoKrLinear
+from anima_peft.data.dataset import CachedDataset
+from anima_peft.miniature import MiniatureFiles, figure_exam
+from anima_peft.pipeline import AnimaPipeline
+from anima_peft.training import encoding, loop, run
+from anima_peft.transformer import AnimaTransformerModel
+
+from .conftest import NETWORKS, Teach, ask
+
+SHORT = ("--max_train_steps", "200")
+ALPHA = ("--network_alpha", "48")
+SENTINEL = (*NETWORKS["lokr full"], "--network_alpha", "1")
+
+
+def check_learns(teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, folder: Path, *flags: str) -> None:
+    """A short run teaches the figure and leaves the rest: what must fail where something is wrong.
+
+    The folder's captions are wrong at first, and cached; then they are put right.
+    """
+    pictures = folder / "figure"
+    shutil.copytree(trained.figure, pictures)
+    captions = sorted(pictures.glob("*.txt"))
+    right = [path.read_bytes() for path in captions]
+    for path, other in zip(captions, right[1:] + right[:1], strict=True):
+        path.write_bytes(other)
+    teach(pictures, "--max_train_steps", "1", "--lr_scheduler", "constant", "--lr_warmup_steps", "0")
+    for path, own in zip(captions, right, strict=True):
+        path.write_bytes(own)
+    adapter = teach(pictures, *SHORT, *flags, "--overwrite")
+
+    figure = figure_exam()[:16]
+    pipe.load_lora_weights(adapter, adapter_name="figure")
+    result = ask(pipe, figure)
+    assert result.share >= 0.2, result
+    pipe.disable_lora()
+    assert ask(pipe, figure).right == 0
+
+
+def check_small_steps(teach: Teach, trained: MiniatureFiles, *_: Any) -> None:
+    """Steps far smaller than bfloat16's distance between numbers are not lost."""
+    flags = ("--learning_rate", "1e-6", "--lr_scheduler", "constant", "--lr_warmup_steps", "0")
+    one, four = (load_file(teach(trained.figure, *flags, "--max_train_steps", n, "--overwrite")) for n in ("1", "4"))
+    downs = [key for key in one if key.endswith("lora_down.weight")]
+    assert all((one[key] != four[key]).float().mean() > 0.5 for key in downs)
+
+
+def test_miniature_learns_a_figure_in_a_minute(
+    teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, tmp_path: Path
+) -> None:
+    check_learns(teach, trained, pipe, tmp_path)
+
+
+def test_miniature_small_steps_count(teach: Teach, trained: MiniatureFiles) -> None:
+    check_small_steps(teach, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("flags", [ALPHA, SENTINEL], ids=["alpha", "sentinel"])
+def test_miniature_learns_with_another_scale(
+    flags: tuple[str, ...], teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, tmp_path: Path
+) -> None:
+    check_learns(teach, trained, pipe, tmp_path, *flags)
+
+
+def plant_sigma_times_1000(patch: pytest.MonkeyPatch) -> None:
+    forward = AnimaTransformerModel.forward
+    patch.setattr(
+        AnimaTransformerModel, "forward", lambda self, x, sigma, *a, **k: forward(self, x, sigma * 1000, *a, **k)
+    )
+
+
+def plant_target_sign(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop, "velocity", lambda latents, noise: latents - noise)
+
+
+def plant_alpha_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LoraFactors, "scale", 1.0)
+
+
+def plant_text_padding(patch: pytest.MonkeyPatch) -> None:
+    """The rows after the text hold what the last row of it holds."""
+    from anima_peft import pipeline
+
+    real = pipeline.condition_text
+
+    def padded(conditioner: Any, text: Any) -> torch.Tensor:
+        embeds = real(conditioner, text)
+        for row, length in zip(embeds, text.t5_attention_mask.sum(1).tolist(), strict=True):
+            row[length:] = row[length - 1]
+        return embeds
+
+    patch.setattr(pipeline, "condition_text", padded)
+
+
+def plant_bf16_adapter(patch: pytest.MonkeyPatch) -> None:
+    real = run.add_network
+
+    def narrow(*args: Any) -> list[torch.nn.Parameter]:
+        parameters = real(*args)
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+        return parameters
+
+    patch.setattr(run, "add_network", narrow)
+
+
+def plant_captions_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    real = CachedDataset.__init__
+
+    def mixed(self: CachedDataset, pictures: Any, latents: Any, captions: Any, **options: Any) -> None:
+        real(self, pictures, latents, [*captions[1:], captions[0]], **options)
+
+    patch.setattr(CachedDataset, "__init__", mixed)
+
+
+def plant_stale_cache(patch: pytest.MonkeyPatch) -> None:
+    """What a picture's caption was when it was first encoded is what it stays."""
+    from dataclasses import replace
+
+    real, first = encoding.plan_captions, {}
+
+    def stale(pictures: Any, **options: Any) -> Any:
+        old = [replace(picture, caption=first.setdefault(picture.path, picture.caption)) for picture in pictures]
+        return real(old, **options)
+
+    patch.setattr(encoding, "plan_captions", stale)
+
+
+def plant_sentinel_scale(patch: pytest.MonkeyPatch) -> None:
+    real = LoKrLinear.update_layer
+
+    def scaled(self: LoKrLinear, name: str, r: int, alpha: float, config: Any, shape: Any, **rest: Any) -> None:
+        real(self, name, r, alpha, config, shape, **rest)
+        self.scaling[name] = alpha / r
+
+    patch.setattr(LoKrLinear, "update_layer", scaled)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("plant", "check", "flags"),
+    [
+        (plant_sigma_times_1000, check_learns, ()),
+        (plant_target_sign, check_learns, ()),
+        (plant_alpha_ignored, check_learns, ALPHA),
+        (plant_text_padding, check_learns, ()),
+        (plant_bf16_adapter, check_small_steps, ()),
+        (plant_captions_mixed_up, check_learns, ()),
+        (plant_stale_cache, check_learns, ()),
+        (plant_sentinel_scale, check_learns, SENTINEL),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_miniature_shows_a_planted_fault(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[..., None],
+    flags: tuple[str, ...],
+    teach: Teach,
+    trained: MiniatureFiles,
+    pipe: AnimaPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same checks that pass above fail, by what they assert and not by an error elsewhere."""
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(teach, trained, pipe, tmp_path, *flags)

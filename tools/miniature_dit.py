@@ -1,0 +1,142 @@
+"""Stage 3 of train_miniature.py: DiT and text conditioner, on latents and captions encoded once."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from miniature_vae import to_pixels, use_flat_convolutions
+
+from anima_peft.miniature.drawing import known_scenes
+from anima_peft.miniature.layout import MiniatureFiles
+from anima_peft.miniature.random_weights import build_dit
+from anima_peft.models.encoders import load_text_encoder, load_vae
+from anima_peft.models.latents import encode_latents
+from anima_peft.models.text import TextInputs, encode_text
+from anima_peft.models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from anima_peft.training.flow import SigmaSampler, add_noise, flow_loss, velocity
+from anima_peft.transformer import AnimaTransformerModel
+
+HEADS, LAYERS = 6, 5
+CYCLES = (4000, 2200)
+"""Steps of each cosine from the full rate to zero (warm restarts, Loshchilov & Hutter 2017)."""
+BATCH, LEARNING_RATE, WARMUP = 48, 1e-3, 100
+LAYOUTS = 80
+"""Pictures of each scene."""
+CAPTION_DROPOUT = 0.1
+_SIGMAS = SigmaSampler("shift", sigmoid_scale=1.3, shift=2.0)
+_TEXT_ROWS = 512
+_SAVE_EVERY = 100
+
+
+def encode_scenes(work: Path, files: MiniatureFiles, seed: int) -> Path:
+    """Draw and encode `LAYOUTS` pictures of every scene; returns the file of latents (scenes, layouts, 16, 8, 8)."""
+    done = work / "latents.pt"
+    if done.exists():
+        return done
+    vae, layout = load_vae(files.vae, torch.float32), random.Random(f"latents/{seed}")
+    use_flat_convolutions(vae)
+    latents = []
+    for scene in known_scenes():
+        pixels = to_pixels([scene.paint(layout=layout) for _ in range(LAYOUTS)])
+        latents.append(torch.cat([encode_latents(vae, part) for part in pixels.split(25)]))
+    stacked = torch.stack(latents)
+    print(f"latents {tuple(stacked.shape)} mean {stacked.mean():.3f} std {stacked.std():.3f}", flush=True)
+    torch.save(stacked, done)
+    return done
+
+
+def encode_captions(files: MiniatureFiles) -> TextInputs:
+    """Every scene's caption and, last, the empty one, as the conditioner reads them."""
+    tokenizer, t5_tokenizer = load_qwen_tokenizer(files.tokenizer), load_t5_tokenizer(files.t5_tokenizer)
+    text_encoder = load_text_encoder(files.text_encoder, torch.float32)
+    captions = [scene.caption for scene in known_scenes()]
+    return encode_text(text_encoder, tokenizer, t5_tokenizer, [*captions, ""], _TEXT_ROWS, "cpu")
+
+
+def predict(model: AnimaTransformerModel, noisy: torch.Tensor, sigma: torch.Tensor, text: TextInputs) -> torch.Tensor:
+    """What `model(noisy, sigma, ...)` computes, without carrying hundreds of equal rows through every layer.
+
+    The text's rows after its end are zero, so that their keys and values are, too: n of them act in the softmax like
+    one whose score of 0 is raised by ln n.
+    """
+    rows = text.t5_input_ids.shape[1]
+    embeds = model.encode_prompt_embeds(*text)[:, : rows + 1]
+    zero_rows = torch.zeros(len(embeds), rows + 1)
+    zero_rows[:, -1] = math.log(_TEXT_ROWS - rows)
+    predicted: torch.Tensor = model.transformer(
+        hidden_states=noisy.unsqueeze(2),
+        timestep=sigma,
+        encoder_hidden_states=embeds,
+        attention_mask=zero_rows,
+        padding_mask=noisy.new_zeros(1, 1, *noisy.shape[-2:]),
+        return_dict=False,
+    )[0]
+    return predicted.squeeze(2)
+
+
+class _Samples:
+    """Batch after batch, each from its own seed, so that an interrupted run goes on with the same."""
+
+    def __init__(self, latents: torch.Tensor, text: TextInputs, seed: int):
+        self.latents, self.text, self.seed = latents, text, seed
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TextInputs]:
+        """Latents and noise (B, 16, 8, 8), sigma (B,), text."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        scenes, layouts = self.latents.shape[:2]
+        scene = torch.randint(scenes, (BATCH,), generator=generator)
+        latents = self.latents[scene, torch.randint(layouts, (BATCH,), generator=generator)]
+        sigma = torch.tensor([_SIGMAS(generator, (8, 8)) for _ in range(BATCH)])
+        noise = torch.randn(latents.shape, generator=generator)
+        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
+        caption = torch.where(dropped, scenes, scene)  # the last caption is the empty one
+        return latents, noise, sigma, TextInputs(*(part[caption] for part in self.text))
+
+
+def learning_rate(step: int) -> float:
+    """Of the step, counted from 0 over all cycles."""
+    for length in CYCLES:
+        if step < length:
+            break
+        step -= length
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / length))
+
+
+def train_dit(work: Path, files: MiniatureFiles, seed: int) -> Path:
+    """Train, or go on training, or do nothing where it is done; returns the file of the weights."""
+    done, checkpoint = work / "dit.pt", work / "dit_running.pt"
+    if done.exists():
+        return done
+    samples = _Samples(torch.load(encode_scenes(work, files, seed), weights_only=True), encode_captions(files), seed)
+    torch.manual_seed(seed)
+    model = AnimaTransformerModel(*build_dit(len(load_t5_tokenizer(files.t5_tokenizer)), heads=HEADS, layers=LAYERS))
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    first = 0
+    if checkpoint.exists():
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    steps, start, mean = sum(CYCLES), time.monotonic(), 0.0
+    for step in range(first, steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        latents, noise, sigma, text = samples(step)
+        prediction = predict(model, add_noise(latents, noise, sigma), sigma, text)
+        loss = flow_loss(prediction, velocity(latents, noise)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean = loss.item() if step == first else 0.99 * mean + 0.01 * loss.item()
+        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, checkpoint)
+            print(f"dit {step + 1}/{steps} loss {mean:.4f} {time.monotonic() - start:.0f} s", flush=True)
+    torch.save(model.state_dict(), done)
+    return done
