@@ -69,6 +69,8 @@ def prepare_parts(
         num_workers=loop.max_data_loader_n_workers,
         persistent_workers=loop.persistent_data_loader_workers,
         pin_memory=accelerator.device.type == "cuda",
+        # Each start of a loader draws a number. Out of torch's own generator, a resumed run would be one draw ahead.
+        generator=torch.Generator(),
     )
     ready_model, ready_optimizer, ready_scheduler, ready_loader = accelerator.prepare(
         model, optimizer, scheduler, loader, device_placement=[False, True, True, True]

@@ -10,11 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from ..data.dataset import BucketBatchSampler, CachedDataset
-from ..errors import Interrupted, TrainingError
+from ..errors import InputError, Interrupted, TrainingError
 from .health import Health
 from .loop import Parts, run_loop
 from .metadata import RunFacts
-from .outputs import Outputs
 from .requests import Action, Requests
 from .saving import Saver
 from .state import Progress
@@ -32,32 +31,32 @@ def run_watched(
     progress: Progress,
     facts: RunFacts,
     saver: Saver,
-    outputs: Outputs,
+    requests: Requests,
     dataset: CachedDataset,
 ) -> None:
-    """The training loop, with all that can come in between.
+    """The training loop and the last save, with all that can come in between.
 
     Args:
         facts: how long the run is.
         saver: writes what the options, a request or a failure ask for.
-        outputs: names in the run's folder, where requests are looked for.
+        requests: looked at after every step.
         dataset: names the pictures of a batch.
 
     Raises:
         Interrupted: a signal or a file asked for the end; adapter and state are saved.
-        TrainingError: the numbers are not finite, or there was not enough memory; the state is saved if it is sound.
+        TrainingError: the numbers are not finite, there was not enough memory, or a file could not be written; the
+            state is saved if it is sound and if that can be done.
+        InputError: the same, where a file of the cache is gone.
     """
-
-    requests = Requests(outputs)
 
     def after_step() -> None:
         saver.after_step()
         request = requests.take()
-        if request is None:
+        if request is None or (request is Action.STOP and progress.step >= facts.total_steps):
             return
         state = saver.now()
         logger.warning("Saved on request: %s", state)
-        if request is Action.STOP and progress.step < facts.total_steps:
+        if request is Action.STOP:
             raise Interrupted(
                 f"Stopped after step {progress.step} of {facts.total_steps}; go on with --resume {state}",
                 requests.signal or 0,
@@ -71,25 +70,50 @@ def run_watched(
                 progress,
                 total_steps=facts.total_steps,
                 max_grad_norm=options.optimizer.max_grad_norm,
-                health=Health(options.loop.skip_nonfinite_steps, _names(dataset, parts.sampler, progress)),
+                health=Health(options.loop.skip_nonfinite_steps, progress, _names(dataset, parts.sampler, progress)),
                 on_step=after_step,
                 on_epoch=saver.after_epoch,
             )
-    except (TrainingError, torch.OutOfMemoryError) as error:
-        text = str(error) if isinstance(error, TrainingError) else _memory_advice(options, error)
+            saver.at_end()
+    except (InputError, OSError, RuntimeError) as error:
         parts.optimizer.zero_grad(set_to_none=True)  # room for what saving needs
-        if progress.step and all(parameter.isfinite().all() for parameter in parts.parameters):
-            text += f"\nThe state after step {progress.step} is saved; go on with --resume {saver.now()}"
-        raise TrainingError(text) from error
+        rescued = _rescue(parts, progress, saver)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrainingError(f"{_memory_advice(options, error)}\n{rescued}") from error
+        if isinstance(error, (InputError, TrainingError)):
+            raise type(error)(f"{error}\n{rescued}") from error
+        if isinstance(error, OSError):
+            raise TrainingError(f"The run cannot go on: {error}\n{rescued}") from error
+        error.add_note(rescued)
+        raise
+    if requests.signal is not None:
+        raise Interrupted(f"Stopped after the last step, {progress.step}; the adapter is complete.", requests.signal)
 
 
-def _names(dataset: CachedDataset, sampler: BucketBatchSampler, progress: Progress) -> Callable[[], list[str]]:
-    """The names of the pictures in the batch that is at work."""
+def _rescue(parts: Parts, progress: Progress, saver: Saver) -> str:
+    """Save what a failed run has; says what became of it."""
+    if not progress.step:
+        return "No step was done, and nothing is saved."
+    if not progress.whole or not all(parameter.isfinite().all() for parameter in parts.parameters):
+        return (
+            "The weights are not those of a whole step and are not saved; --resume latest goes on from an earlier one."
+        )
+    try:
+        return f"The state after step {progress.step} is saved; go on with --resume {saver.now()}"
+    except (OSError, RuntimeError) as error:
+        return f"The state after step {progress.step} could not be saved ({error}); earlier ones are as they were."
 
-    def names() -> list[str]:
+
+def _names(dataset: CachedDataset, sampler: BucketBatchSampler, progress: Progress) -> Callable[[int], list[list[str]]]:
+    """The names of the pictures in the batch that is at work and in those before it, so many in all."""
+
+    def names(batches: int) -> list[list[str]]:
         sampler.set_epoch(progress.epoch)
-        batch = list(sampler)[progress.batch]
-        return [dataset.pictures[dataset.picture_of_sample[index]].path.name for _, index in batch]
+        last = progress.batch + 1
+        return [
+            [dataset.pictures[dataset.picture_of_sample[index]].path.name for _, index in batch]
+            for batch in list(sampler)[last - batches : last]
+        ]
 
     return names
 
@@ -104,4 +128,5 @@ def _memory_advice(options: TrainOptions, error: Exception) -> str:
         "lower the dataset's resolution",
         "lower network_dim, or train fewer layers (target_modules)",
     ]
-    return f"The device ran out of memory ({str(error).splitlines()[0]}). To fit: {'; '.join(filter(None, advice))}."
+    what = next(iter(str(error).splitlines()), "no more is known")
+    return f"The device ran out of memory ({what}). To fit: {'; '.join(filter(None, advice))}."
