@@ -40,7 +40,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "writing a cache entry": (TensorCache, "write"),
     "saving": (Saver, "_write"),
     "dropping": (Saver, "_drop"),
-    "accelerate's saving": (Accelerator, "save_state"),
+    "saving by accelerate": (Accelerator, "save_state"),
     "saving a state": (state, "flush_tree"),
     "logging": (TensorBoardTracker, "log"),
     "ending the log": (Accelerator, "end_training"),
