@@ -79,7 +79,7 @@ def run_watched(
         parts.optimizer.zero_grad(set_to_none=True)  # room for what saving needs
         rescued = _rescue(parts, progress, saver)
         if isinstance(error, torch.OutOfMemoryError):
-            raise TrainingError(f"{_memory_advice(options, error)}\n{rescued}") from error
+            raise TrainingError(f"{_memory_advice(options, progress, accelerator.device, error)}\n{rescued}") from error
         if isinstance(error, (InputError, TrainingError)):
             raise type(error)(f"{error}\n{rescued}") from error
         if isinstance(error, OSError):
@@ -118,15 +118,20 @@ def _names(dataset: CachedDataset, sampler: BucketBatchSampler, progress: Progre
     return names
 
 
-def _memory_advice(options: TrainOptions, error: Exception) -> str:
-    """What would make this run fit."""
+def _memory_advice(options: TrainOptions, progress: Progress, device: torch.device, error: Exception) -> str:
+    """What would make this run fit on this device."""
     loop = options.loop
     advice = [
         "set gradient_checkpointing = true" if not loop.gradient_checkpointing else "",
-        "lower batch_size and raise gradient_accumulation_steps",
+        "lower batch_size and raise gradient_accumulation_steps" if max(progress.settings["batch sizes"]) > 1 else "",
         'use mixed_precision = "bf16"' if loop.mixed_precision == "no" else "",
         "lower the dataset's resolution",
         "lower network_dim, or train fewer layers (target_modules)",
+        "close other programs that use it",
     ]
     what = next(iter(str(error).splitlines()), "no more is known")
-    return f"The device ran out of memory ({what}). To fit: {'; '.join(filter(None, advice))}."
+    name = "The computer"
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        name = f"{card.name}, with {card.total_memory / 2**30:.1f} GiB,"
+    return f"{name} ran out of memory ({what}). To fit: {'; '.join(filter(None, advice))}."

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from anima_peft.cli import report_faults
 from anima_peft.errors import InputError, Interrupted, TrainingError
-from anima_peft.training import loop, saving
+from anima_peft.training import encoding, loop, saving
 from anima_peft.training.health import Health
 from anima_peft.training.run import train
 from anima_peft.training.state import Progress
@@ -219,6 +219,25 @@ def test_a_cache_file_that_is_gone_costs_no_step(
 
 
 @pytest.mark.parametrize("accumulated", ["1", "2"])
+def test_memory_that_ends_while_caching_keeps_what_is_cached(
+    configure: Configure, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns(".anima_cache"))
+    real, done = encoding.encode_latents, []
+
+    def encode(*args: Any) -> torch.Tensor:
+        done.append(1)
+        if len(done) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*args)
+
+    monkeypatch.setattr(encoding, "encode_latents", encode)
+    with pytest.raises(TrainingError, match="lower vae_batch_size"):
+        train(configure("--max_train_steps", "1", image_dir=folder))
+    assert len(list((folder / ".anima_cache" / "latents").rglob("*.safetensors"))) == 3
+
+
 def test_the_pictures_of_the_batch_with_the_bad_loss_are_named(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, accumulated: str
 ) -> None:

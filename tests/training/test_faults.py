@@ -109,6 +109,7 @@ def test_a_write_that_fails_leaves_the_earlier_state(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_write_that_fails_leaves_the_earlier_state(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,6 +187,7 @@ def test_a_killed_run_goes_on_exactly(killing: Killing, kill: dict[str, Any]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_kill_at_every_point(killing: Killing) -> None:
     for point in killing.passed:
         for moment in MOMENTS[:: 1 if "writing" in point else 2]:
