@@ -218,7 +218,6 @@ def test_a_cache_file_that_is_gone_costs_no_step(
         train(configure("--max_train_steps", "9", image_dir=folder))
 
 
-@pytest.mark.parametrize("accumulated", ["1", "2"])
 def test_memory_that_ends_while_caching_keeps_what_is_cached(
     configure: Configure, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +237,7 @@ def test_memory_that_ends_while_caching_keeps_what_is_cached(
     assert len(list((folder / ".anima_cache" / "latents").rglob("*.safetensors"))) == 3
 
 
+@pytest.mark.parametrize("accumulated", ["1", "2"])
 def test_the_pictures_of_the_batch_with_the_bad_loss_are_named(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, accumulated: str
 ) -> None:
