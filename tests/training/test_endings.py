@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ from .test_resume import same_tensors
 # A step of two batches and a step of one; dropout draws from torch's own generator.
 FLAGS = ["--gradient_accumulation_steps", "2", "--network_args", "rank_dropout=0.3"]
 NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers() -> Iterator[None]:
+    """Those of a program in the foreground, also where the tests were started in the background of a shell."""
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in NAMES}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> None:
@@ -120,12 +131,9 @@ def test_a_signal_at_the_last_step_ends_after_it(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 def test_what_nohup_ignores_stays_ignored(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
-        assert train(configure("--max_train_steps", "2")).steps == 2
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
+    assert train(configure("--max_train_steps", "2")).steps == 2
 
 
 @pytest.mark.parametrize("suffix", ["", ".txt"])

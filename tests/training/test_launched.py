@@ -55,6 +55,8 @@ def test_a_signal_saves_and_ends(
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=True,
+        # A shell's background, where the tests may run, ignores it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         first = tmp_path / "output" / "test-step00000002.safetensors"
