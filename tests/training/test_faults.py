@@ -65,9 +65,10 @@ def hidden(folder: Path) -> list[str]:
 def check_goes_on(configure: Configure, through: Path, folder: Path) -> None:
     """Nothing half-written is left, and the run ends as the undisturbed one."""
     assert hidden(folder) == []
-    go_on = ["--resume", "latest"] if has_state(folder) else ["--overwrite"]
-    resumed = train(configure(*FLAGS, *go_on, output_dir=folder))
-    assert same_tensors(through, resumed.adapter)
+    if not (folder / "test-state").exists():  # the run's last file; with it nothing is left to do
+        go_on = ["--resume", "latest"] if has_state(folder) else ["--overwrite"]
+        train(configure(*FLAGS, *go_on, output_dir=folder))
+    assert same_tensors(through, folder / through.name)
     assert names_in(folder) == names_in(through.parent)
     assert hidden(folder) == []
 
