@@ -24,6 +24,15 @@ _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 _SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """For a loader's worker: a terminal signals all its processes, and the step that is finished needs batches.
+
+    SIGTERM keeps its usual effect, by which torch ends a worker that hangs. One whose parent is gone ends by itself.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
 class Action(Enum):
     """What to do after the present step."""
 
@@ -52,7 +61,7 @@ class Requests:
     def forget_earlier(self) -> None:
         """Take away files that asked something of an earlier run, and came too late for it."""
         for path in self._files:
-            if path.exists():
+            if path.is_file():
                 path.unlink(missing_ok=True)
                 logger.warning("%s was there before this run and is not heeded.", path)
 
@@ -92,7 +101,8 @@ class Requests:
         if self.signal is not None:
             return Action.STOP
         for path, action in self._files.items():
-            if path.exists():
-                path.unlink(missing_ok=True)
-                return action
+            if path.is_file():
+                with contextlib.suppress(OSError):  # held open by who made it: then at a later step
+                    path.unlink()
+                    return action
         return None

@@ -84,6 +84,8 @@ def run_watched(
             raise type(error)(f"{error}\n{rescued}") from error
         if isinstance(error, OSError):
             raise TrainingError(f"The run cannot go on: {error}\n{rescued}") from error
+        if requests.signal is not None:  # one that went to the loader's workers too
+            raise Interrupted(f"{error}\n{rescued}", requests.signal) from error
         error.add_note(rescued)
         raise
     if requests.signal is not None:

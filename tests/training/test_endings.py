@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +138,44 @@ def test_what_nohup_ignores_stays_ignored(configure: Configure, monkeypatch: pyt
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
     assert train(configure("--max_train_steps", "2")).steps == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to single processes")
+def test_a_signal_to_all_processes_leaves_the_loaders_workers_at_work(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C and a closed terminal reach them too, and the step has yet to be finished."""
+    workers: list[int] = []
+
+    def signal_workers() -> None:
+        for worker in multiprocessing.active_children():
+            assert worker.pid is not None
+            workers.append(worker.pid)
+            for number in (signal.SIGINT, signal.SIGHUP):
+                os.kill(worker.pid, number)
+                os.kill(worker.pid, number)
+        time.sleep(0.2)
+
+    at_step(monkeypatch, 1, signal_workers)
+    assert train(configure("--max_train_steps", "7", "--max_data_loader_n_workers", "1")).steps == 7
+    assert workers
+    assert "finishing this step" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to single processes")
+def test_a_service_that_terminates_all_processes_loses_no_step(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminate() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        time.sleep(0.3)  # torch hears of their end and raises; should it come later, the step is finished first
+
+    at_step(monkeypatch, 1, terminate)
+    code = report_faults(lambda: train(configure("--max_train_steps", "7", "--max_data_loader_n_workers", "1")))
+    assert code == 143
+    assert re.search("after step 1 .*go on with --resume", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("suffix", ["", ".txt"])
