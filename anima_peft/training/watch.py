@@ -79,17 +79,23 @@ def run_watched(
         parts.optimizer.zero_grad(set_to_none=True)  # room for what saving needs
         rescued = _rescue(parts, progress, saver)
         if isinstance(error, torch.OutOfMemoryError):
-            raise TrainingError(f"{_memory_advice(options, progress, accelerator.device, error)}\n{rescued}") from error
-        if isinstance(error, (InputError, TrainingError)):
-            raise type(error)(f"{error}\n{rescued}") from error
-        if isinstance(error, OSError):
-            raise TrainingError(f"The run cannot go on: {error}\n{rescued}") from error
-        if requests.signal is not None:  # one that went to the loader's workers too
-            raise Interrupted(f"{error}\n{rescued}", requests.signal) from error
-        error.add_note(rescued)
-        raise
+            told = _memory_advice(options, progress, accelerator.device, error)
+        else:
+            told = str(error)
+        raise _ending(error, f"{told}\n{rescued}", requests) from error
     if requests.signal is not None:
         raise Interrupted(f"Stopped after the last step, {progress.step}; the adapter is complete.", requests.signal)
+
+
+def _ending(error: InputError | OSError | RuntimeError, text: str, requests: Requests) -> Exception:
+    """What a failed run ends with: one message, or the fault itself where nobody foresaw it."""
+    if isinstance(error, InputError):
+        return InputError(text)
+    if isinstance(error, (TrainingError, OSError, torch.OutOfMemoryError)):
+        return TrainingError(text)
+    if requests.signal is not None:  # one that has ended the loader's workers, too
+        return Interrupted(text, requests.signal)
+    return RuntimeError(text)
 
 
 def _rescue(parts: Parts, progress: Progress, saver: Saver) -> str:
