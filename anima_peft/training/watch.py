@@ -88,7 +88,7 @@ def run_watched(
 
 
 def _ending(error: InputError | OSError | RuntimeError, text: str, requests: Requests) -> Exception:
-    """What a failed run ends with: one message, or the fault itself where nobody foresaw it."""
+    """What a failed run ends with: one message, or, for a fault that nobody foresaw, its text with a traceback."""
     if isinstance(error, InputError):
         return InputError(text)
     if isinstance(error, (TrainingError, OSError, torch.OutOfMemoryError)):
@@ -102,11 +102,11 @@ def _rescue(parts: Parts, progress: Progress, saver: Saver) -> str:
     """Save what a failed run has; says what became of it."""
     if not progress.step:
         return "No step was done, and nothing is saved."
-    if not progress.whole or not all(parameter.isfinite().all() for parameter in parts.parameters):
-        return (
-            "The weights are not those of a whole step and are not saved; --resume latest goes on from an earlier one."
-        )
     try:
+        if not progress.whole or not all(parameter.isfinite().all() for parameter in parts.parameters):
+            return (
+                "The weights are not those of a whole step and are not saved; --resume latest takes an earlier state."
+            )
         return f"The state after step {progress.step} is saved; go on with --resume {saver.now()}"
     except (OSError, RuntimeError) as error:
         return f"The state after step {progress.step} could not be saved ({error}); earlier ones are as they were."
