@@ -50,7 +50,7 @@ EFFECTS = {
     "metadata_file": Effect(
         (),
         lambda built: [(picture.path.name, picture.caption) for picture in built.pictures][-1:],
-        [("03.png", "one yellow circle, grey background")],
+        [("03.png", "yellow circle, grey background")],
         [("02.png", "named")],
         dataset=f"{DATASET}metadata_file = '{{pictures}}/meta.json'\n",
     ),
