@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .errors import InputError
+
+_TEMPORARY = re.compile(r"\.(?P<stem>.*)-[a-z0-9_]{8}\.tmp(?P<suffix>\.[^.]*)?")
+# File systems allow 255 bytes in a name, and the temporary one is longer than the file's own.
+_LONGEST_STEM = 200
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -23,32 +31,38 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write: writes its argument, a path that exists as an empty file.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full.
+        OSError: the folder cannot be written or the disk is full; names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays: some writers choose their format by it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=f".tmp{path.suffix}")
+    stem = path.stem.encode("utf-8")[:_LONGEST_STEM].decode("utf-8", errors="ignore")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{stem}-", suffix=f".tmp{path.suffix}")
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        with contextlib.suppress(PermissionError):  # exFAT and some network drives have no modes to set
+            temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `write_atomically` has left in a folder when its process was killed.
+def unfinished_name(path: Path) -> str | None:
+    """Name of the file that `write_atomically` was about to write when it made this one; None if it did not make it.
 
-    Only where no other process writes into the folder.
+    Such a file stays behind where the process is killed.
     """
-    for leftover in folder.glob(".*-*.tmp*"):
-        leftover.unlink(missing_ok=True)
+    found = _TEMPORARY.fullmatch(path.name)
+    return None if found is None else found["stem"] + (found["suffix"] or "")
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -58,7 +72,14 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
         OSError: the file cannot be written.
     """
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=dict(metadata)))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(ready, temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # so it reports a disk that is full, too
+            raise OSError(f"{path}: {error}") from error
+
+    write_atomically(path, write)
 
 
 def flush_tree(folder: Path) -> None:
@@ -69,19 +90,22 @@ def flush_tree(folder: Path) -> None:
     """
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
-            _flush_folder(path)
+            flush_folder(path)
         else:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Bring a folder's list of names to the disk. Windows has no such call, and does it by itself."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # so some network and FUSE drives say: not for folders
+            raise
     finally:
         os.close(handle)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from anima_peft.files import save_tensors, write_atomically
+from anima_peft.files import save_tensors, unfinished_name, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,8 @@ def test_a_file_appears_with_what_was_written(tmp_path: Path, name: str) -> None
     assert path.read_text() == "content"
     assert list(path.parent.iterdir()) == [path]
     assert seen[0].parent == path.parent
+    assert unfinished_name(seen[0]) == (path.name if len(path.stem) < 60 else path.stem[:66] + path.suffix)
+    assert unfinished_name(path) is None
     assert seen[0].name.endswith(path.suffix)  # some writers choose their format by it
 
 
@@ -80,3 +83,30 @@ def test_tensors_of_every_kind_are_saved(tmp_path: Path) -> None:
         assert loaded[key].dtype == tensor.dtype
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"key": "値"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows flushes no folders and has no modes")
+def test_drives_without_modes_that_flush_no_folders_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exFAT and some network drives are."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    def chmod(self: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "chmod", chmod)
+    write_atomically(tmp_path / "file", lambda path: path.write_text("x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    def write(temporary: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*file\.txt"):
+        write_atomically(tmp_path / "file.txt", write)

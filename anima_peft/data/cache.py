@@ -6,11 +6,13 @@ picture, caption, model or option asks for another name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from ..errors import InputError
-from ..files import save_tensors, write_atomically
+from ..files import save_tensors, unfinished_name, write_atomically
 
 CACHE_FOLDER_NAME = ".anima_cache"
 INDEX_NAME = "index.json"
 _INDEX_VERSION = 1
 Stamp = tuple[int, int]
 """(bytes, time of the last change in ns) of a file."""
+_ABANDONED_AFTER = 24 * 60 * 60.0  # seconds; an entry is written within one
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,17 @@ def require_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise _cannot_write(folder, error) from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove half-written files that a killed process has left in a cache folder.
+
+    Only those older than a day: other runs, perhaps on other machines, may be writing into the same folder.
+    """
+    for path in folder.rglob(".*.tmp*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            if unfinished_name(path) is not None and time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
+                path.unlink()
 
 
 def cache_key(**parts: Any) -> str:

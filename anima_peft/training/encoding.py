@@ -15,6 +15,7 @@ from ..adapters.naming import TEXT_CONDITIONER, TRANSFORMER
 from ..data.cache import FileIndex, cache_key
 from ..data.caching import CaptionEncoder, CaptionsPlan, LatentEncoder, LatentsPlan, plan_captions, plan_latents
 from ..data.pictures import Picture
+from ..errors import TrainingError
 from ..models.encoders import load_text_encoder, load_vae
 from ..models.latents import encode_latents
 from ..models.precision import encoder_dtype
@@ -77,12 +78,19 @@ def cache_latents(
 
     Raises:
         InputError: the VAE cannot be loaded, a picture cannot be read, the cache cannot be written.
+        TrainingError: there is not enough memory.
     """
     compute = encoder_dtype(dtype)
     plan = plan_latents(pictures, model=f"{model_hash}/{compute}", cache_dir=cache_dir)
     if plan.missing:
         encode = latent_encoder(vae, dtype, device)
-        plan.encode(encode, batch_size=batch_size)
+        try:
+            plan.encode(encode, batch_size=batch_size)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "There is not enough memory to encode the pictures: lower vae_batch_size, or the dataset's resolution. "
+                f"Those that are done stay in the cache. ({error})"
+            ) from error
         del encode
         free_memory()
     return plan

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..errors import TrainingError
+from .state import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +25,24 @@ class Health:
 
     Args:
         skip_limit: how many steps whose loss or gradient is not finite are left out before the run stops.
-        pictures: names of those in the present batch.
+        progress: where those are counted, so that a resumed run goes on counting.
+        pictures: names of those in each of the last so many batches.
     """
 
-    def __init__(self, skip_limit: int, pictures: Callable[[], Sequence[str]]):
-        self.skip_limit, self._pictures = skip_limit, pictures
-        self._skipped = self._reports = 0
+    def __init__(self, skip_limit: int, progress: Progress, pictures: Callable[[int], Sequence[Sequence[str]]]):
+        self.skip_limit, self._progress, self._pictures = skip_limit, progress, pictures
+        self._reports = 0
         self._norms: deque[float] = deque(maxlen=_REMEMBERED)
 
     def may_step(
-        self, step: int, losses: Sequence[float], sigmas: Sequence[float], norm: float, *, scaled: bool
+        self, step: int, losses: Sequence[float], sigmas: Sequence[Sequence[float]], norm: float, *, scaled: bool
     ) -> bool:
         """Whether the optimizer may take a step with these gradients; one that it may not take is counted.
 
         Args:
             step: its number, from 1.
             losses: of the batches that make it up.
-            sigmas: of the last of them.
+            sigmas: of each of them, its samples'.
             norm: of the gradient.
             scaled: whether a gradient scaler looks after gradients that are not finite, as float16 needs it.
 
@@ -50,37 +52,39 @@ class Health:
         if all(map(math.isfinite, losses)) and (scaled or math.isfinite(norm)):
             self._look_for_spike(step, norm, sigmas)
             return True
-        loss = ", ".join(f"{value:g}" for value in losses)
+        # A loss says which batch it was; a gradient alone does not.
+        to_blame = [i for i, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
+        loss = ", ".join(f"{losses[i]:g}" for i in to_blame)
         what = (
-            f"the loss is {loss} in step {step}, and the gradient's norm {norm:g}, at sigma {_numbers(sigmas)}, with "
-            f"{self._named_pictures()}"
+            f"the loss is {loss} in step {step}, and the gradient's norm {norm:g}, with "
+            f"{self._samples([(i, sigmas[i]) for i in to_blame], len(losses))}"
         )
-        if self._skipped < self.skip_limit:
-            self._skipped += 1
-            logger.warning("%s: left out (%d of at most %d).", what, self._skipped, self.skip_limit)
+        if self._progress.skipped_steps < self.skip_limit:
+            self._progress.skipped_steps += 1
+            logger.warning("%s: left out (%d of at most %d).", what, self._progress.skipped_steps, self.skip_limit)
             return False
         raise TrainingError(
             f"{what}. Lower learning_rate, look at these pictures and their captions, or use mixed_precision "
             '"bf16" (or "no") instead of "fp16"; skip_nonfinite_steps leaves out single steps.'
         )
 
-    def _look_for_spike(self, step: int, norm: float, sigmas: Sequence[float]) -> None:
+    def _look_for_spike(self, step: int, norm: float, sigmas: Sequence[Sequence[float]]) -> None:
         if len(self._norms) >= _FEWEST and self._reports < _MOST_REPORTS:
             usual = statistics.median(self._norms)
             if norm > _SPIKE * usual > 0:
                 self._reports += 1
                 more = " (further ones are not reported)" if self._reports == _MOST_REPORTS else ""
+                samples = self._samples(list(enumerate(sigmas)), len(sigmas))
                 logger.warning(
-                    "step %d: the gradient's norm is %.3g, usual is %.3g; sigma %s, %s%s.",
-                    step, norm, usual, _numbers(sigmas), self._named_pictures(), more,
-                )  # fmt: skip
+                    "step %d: the gradient's norm is %.3g, usual is %.3g; %s%s.", step, norm, usual, samples, more
+                )
         if math.isfinite(norm):
             self._norms.append(norm)
 
-    def _named_pictures(self) -> str:
-        names = self._pictures()
-        return ", ".join(names[:_SHOWN_PICTURES]) + (" …" if len(names) > _SHOWN_PICTURES else "")
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values[:_SHOWN_PICTURES])
+    def _samples(self, sigmas: Sequence[tuple[int, Sequence[float]]], batches: int) -> str:
+        """Pictures and noise levels of those batches of a step."""
+        names = self._pictures(batches)
+        samples = [
+            f"{name} (sigma {sigma:.3f})" for i, values in sigmas for name, sigma in zip(names[i], values, strict=True)
+        ]
+        return ", ".join(samples[:_SHOWN_PICTURES]) + (" …" if len(samples) > _SHOWN_PICTURES else "")

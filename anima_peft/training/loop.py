@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +82,8 @@ def run_loop(
     """Train until `progress.step` is `total_steps`.
 
     Args:
-        progress: changed in place; where it does not start at zero, the batches done already are skipped. It stands at
-            an optimizer step also after an exception.
+        progress: changed in place; where it does not start at zero, the batches done already are skipped, and an epoch
+            whose last step is done already is ended. It stands at an optimizer step also after an exception.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
         health: decides whether a step may be taken.
         on_step: called after every optimizer step.
@@ -97,7 +96,8 @@ def run_loop(
     parts.model.train()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # encoding is over
-    with meter.bar, _at_a_step(progress):
+    with meter.bar, _Mark(progress, accelerator.device) as mark:
+        _end_epoch(parts, progress, mark, on_epoch)  # of a state that was saved at an epoch's last step
         while progress.step < total_steps:
             loader = accelerator.skip_first_batches(parts.loader, progress.batch) if progress.batch else parts.loader
             # Both: accelerate's loader counts epochs of its own and hands its count to the sampler.
@@ -107,51 +107,75 @@ def run_loop(
                 with accelerator.accumulate(parts.model):
                     loss = batch_loss(parts.model, parts.complete(batch), parts.loss)
                     accelerator.backward(loss)
-                    meter.add(loss.item(), len(batch["sigma"]))
-                    values: dict[str, float] = {}
-                    may_step = True
+                    meter.add(loss.item(), batch["sigma"].tolist())
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parts.parameters, max_grad_norm or math.inf)
-                        values["gradient_norm"] = float(norm)
-                        may_step = health.may_step(
-                            progress.step + 1,
-                            meter.losses,
-                            batch["sigma"].tolist(),
-                            values["gradient_norm"],
-                            scaled=accelerator.scaler is not None,
-                        )
-                    if may_step:
-                        parts.optimizer.step()
-                    if accelerator.sync_gradients:
-                        values |= parts.limit_norms()
-                        parts.average.after_step()
-                        values |= reported_rates(parts.optimizer.param_groups)
-                        parts.scheduler.step()  # before gradients go: Adafactor's own schedule asks for them
+                        values = _take_step(accelerator, parts, progress, meter, health, max_grad_norm)
                     parts.optimizer.zero_grad(set_to_none=True)
                 progress.batch += 1
                 if accelerator.sync_gradients:
                     progress.step += 1
-                    progress.mark()
+                    mark.set()
                     meter.step(values)
                     on_step()
                     if progress.step >= total_steps:
                         break
-            if progress.batch >= len(parts.loader):
-                progress.epoch += 1
-                progress.batch = 0
-                progress.mark()
-                on_epoch()
+            _end_epoch(parts, progress, mark, on_epoch)
 
 
-@contextmanager
-def _at_a_step(progress: Progress) -> Iterator[None]:
-    """Leave with `progress` at an optimizer step: batches whose gradients were only gathered are not done."""
-    progress.mark()
-    try:
-        yield
-    except BaseException:
-        progress.back_to_mark()
-        raise
+def _take_step(
+    accelerator: Accelerator, parts: Parts, progress: Progress, meter: _Meter, health: Health, max_grad_norm: float
+) -> dict[str, float]:
+    """One optimizer step with the gathered gradients, unless they are not finite; gives what to log of it."""
+    norm = float(accelerator.clip_grad_norm_(parts.parameters, max_grad_norm or math.inf))
+    scaled = accelerator.scaler is not None
+    may_step = health.may_step(progress.step + 1, meter.losses, meter.sigmas, norm, scaled=scaled)
+    progress.whole = False
+    if may_step:
+        parts.optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # it has looked at these gradients, and would not look at others before this
+    values = {"gradient_norm": norm, **parts.limit_norms()}
+    parts.average.after_step()
+    values |= reported_rates(parts.optimizer.param_groups)
+    parts.scheduler.step()  # before gradients go: Adafactor's own schedule asks for them
+    return values
+
+
+def _end_epoch(parts: Parts, progress: Progress, mark: _Mark, on_epoch: Callable[[], None]) -> None:
+    if progress.batch >= len(parts.loader):
+        progress.epoch += 1
+        progress.batch = 0
+        mark.set()
+        on_epoch()
+
+
+class _Mark:
+    """The last optimizer step. An exception goes back to it: batches whose gradients were only gathered are not done.
+
+    What is saved then goes on exactly, torch's random generators included, which dropout draws from.
+    """
+
+    def __init__(self, progress: Progress, device: torch.device):
+        self._progress, self._cuda = progress, device if device.type == "cuda" else None
+        self.set()
+
+    def set(self) -> None:
+        """Note that here all batches done are in an optimizer step."""
+        self._progress.whole = True
+        self._place = self._progress.epoch, self._progress.batch
+        self._random = torch.get_rng_state()
+        self._random_of_card = None if self._cuda is None else torch.cuda.get_rng_state(self._cuda)
+
+    def __enter__(self) -> _Mark:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            return
+        self._progress.epoch, self._progress.batch = self._place
+        torch.set_rng_state(self._random)
+        if self._cuda is not None and self._random_of_card is not None:
+            torch.cuda.set_rng_state(self._random_of_card, self._cuda)
 
 
 class _Meter:
@@ -161,7 +185,7 @@ class _Meter:
         self._accelerator, self._parts, self._progress = accelerator, parts, progress
         self._losses: list[float] = []
         self._recent = progress.recent_losses
-        self._samples = 0
+        self._sigmas: list[Sequence[float]] = []
         self._resident = 0
         self._clock = time.perf_counter()
         self.bar = tqdm(
@@ -177,28 +201,33 @@ class _Meter:
         """Of the batches since the last step."""
         return self._losses
 
-    def add(self, loss: float, samples: int) -> None:
+    @property
+    def sigmas(self) -> list[Sequence[float]]:
+        """Of the samples of each of them."""
+        return self._sigmas
+
+    def add(self, loss: float, sigmas: Sequence[float]) -> None:
         """Count one batch."""
         self._losses.append(loss)
-        self._samples += samples
+        self._sigmas.append(sigmas)
 
     def step(self, further: Mapping[str, float]) -> None:
         """Report one optimizer step: the mean over its accumulated batches, and `further` values, `lr` among them."""
         loss = sum(self._losses) / len(self._losses)
-        self._recent.append(loss)
+        if math.isfinite(loss):  # one that is left out must not hide the others
+            self._recent.append(loss)
         del self._recent[:-_AVERAGED]
         now = time.perf_counter()
         values = {
             "loss": loss,
             **further,
-            "samples_per_second": self._samples / (now - self._clock),
+            "samples_per_second": sum(map(len, self._sigmas)) / (now - self._clock),
             "peak_memory_gib": self._peak_memory() / _GIB,
         }
         self._accelerator.log(values, step=self._progress.step)
-        self._losses, self._samples, self._clock = [], 0, now
-        self.bar.set_postfix(
-            loss=f"{sum(self._recent) / len(self._recent):.4f}", lr=f"{further['lr']:.2e}", refresh=False
-        )
+        self._losses, self._sigmas, self._clock = [], [], now
+        mean = sum(self._recent) / max(len(self._recent), 1)
+        self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{further['lr']:.2e}", refresh=False)
         self.bar.update()
 
     def _peak_memory(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +14,9 @@ from ..errors import InputError
 
 SUFFIX = ".safetensors"
 STATE_SUFFIX = "-state"
+_NUMBER = r"(-[0-9]{6}|-step[0-9]{8})"
+# What follows the run's name in the names of its files.
+_ENDINGS = rf"{_NUMBER}?(\.safetensors|-state)|-config\.toml|-(comparison|previews)\.png|-[0-9]+-with(out)?\.png"
 
 
 @dataclass(frozen=True)
@@ -62,30 +67,31 @@ class Outputs:
         """File saved after `step` optimizer steps."""
         return self.folder / f"{self.name}-step{step:08d}{SUFFIX}"
 
+    @classmethod
+    def of_state(cls, state: Path) -> Outputs:
+        """Those of the run that wrote a state."""
+        return cls(state.parent, re.sub(rf"{_NUMBER}?{STATE_SUFFIX}$", "", state.name))
+
+    def owns(self, name: str) -> bool:
+        """Whether a run of this name writes a file or folder called `name`."""
+        pattern = re.escape(os.path.normcase(self.name)) + f"({_ENDINGS})"
+        return re.fullmatch(pattern, os.path.normcase(name)) is not None
+
     def existing(self) -> list[Path]:
         """What an earlier run of this name left in the folder."""
         if not self.folder.is_dir():
             return []
-        numbered = [f"{self.name}-{'[0-9]' * 6}", f"{self.name}-step{'[0-9]' * 8}"]
-        patterns = [self.name, *numbered]
-        found = [
-            path
-            for path in sorted(self.folder.iterdir())
-            if any(path.match(_literal(p) + s) for p in patterns for s in (SUFFIX, STATE_SUFFIX))
-        ]
-        pictures = self.folder.glob(f"{glob.escape(self.name)}-*-with*.png")
-        single = (path for path in (self.comparison, self.strip, self.config) if path.exists())
-        return [*found, *sorted(pictures), *self.previews(), *single]
-
-
-def _literal(pattern: str) -> str:
-    """A glob in which only the digit classes of our own numbering are special; user names may contain brackets."""
-    return "[0-9]".join(glob.escape(part) for part in pattern.split("[0-9]"))
+        return [*(path for path in sorted(self.folder.iterdir()) if self.owns(path.name)), *self.previews()]
 
 
 def state_folder(adapter_file: Path) -> Path:
     """Where the state that belongs to a saved adapter goes."""
     return adapter_file.with_name(adapter_file.name.removesuffix(SUFFIX) + STATE_SUFFIX)
+
+
+def is_final_state(state: Path) -> bool:
+    """Whether a state was saved at a run's end, beside its last adapter."""
+    return state == state_folder(Outputs.of_state(state).final)
 
 
 def resolve_folder(output_dir: str, now: datetime) -> Path:

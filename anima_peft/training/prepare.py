@@ -24,6 +24,7 @@ from .groups import Rates, group_parameters
 from .loop import Parts
 from .losses import FlowLoss
 from .optimizers import build_optimizer, sets_own_rate
+from .requests import leave_signals_to_parent
 from .schedules import ADAFACTOR, as_steps, build_custom_scheduler, build_scheduler
 from .state import ADAPTER_NAME
 
@@ -70,6 +71,9 @@ def prepare_parts(
         num_workers=loop.max_data_loader_n_workers,
         persistent_workers=loop.persistent_data_loader_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+        # Each start of a loader draws a number. Out of torch's own generator, a resumed run would be one draw ahead.
+        generator=torch.Generator(),
     )
     ready_model, ready_optimizer, ready_scheduler, ready_loader = accelerator.prepare(
         model, optimizer, scheduler, loader, device_placement=[False, True, True, True]

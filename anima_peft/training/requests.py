@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import sys
@@ -14,9 +16,21 @@ from typing import Any
 
 from .outputs import Outputs
 
-# Ctrl-Break of Windows is SIGBREAK, which others do not have.
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
+logger = logging.getLogger(__name__)
+
+# Ctrl-Break of Windows is SIGBREAK; a terminal that closes sends SIGHUP elsewhere.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For a loader's worker: a terminal signals all its processes, and the step that is finished needs batches.
+
+    SIGTERM keeps its usual effect, by which torch ends a worker that hangs. One whose parent is gone ends by itself.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 class Action(Enum):
@@ -30,9 +44,10 @@ class Action(Enum):
 class Requests:
     """Looked at after every step.
 
-    The first SIGINT, SIGTERM or Ctrl-Break asks for the end; a second one leaves at once. So does the end of the
-    launcher that started this process, which hands no signal on. A file `<output_name>-save`, `<output_name>-preview`
-    or `<output_name>-stop` (or with `.txt`) in the run's folder asks for what it is called; it is taken away when seen.
+    The first SIGINT, SIGTERM, SIGHUP or Ctrl-Break asks for the end; a second one leaves at once. The end of the
+    launcher that started this process, which hands no signal on, asks for it too. A file `<output_name>-save`,
+    `<output_name>-preview` or `<output_name>-stop` (or with `.txt`) in the run's folder asks for what it is called, and
+    is taken away when seen.
     """
 
     def __init__(self, outputs: Outputs):
@@ -45,25 +60,35 @@ class Requests:
         self.signal: signal.Signals | None = None
         """The signal that asked for the end, if one did."""
 
+    def forget_earlier(self) -> None:
+        """Take away files that asked something of an earlier run, and came too late for it."""
+        for path in self._files:
+            if path.is_file():
+                path.unlink(missing_ok=True)
+                logger.warning("%s was there before this run and is not heeded.", path)
+
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals inside of this. Python lets only the main thread do so; elsewhere files alone are heeded."""
+        """Take signals inside of this, but those that the process was started to ignore, as with nohup.
+
+        Python lets only the main thread do so; elsewhere files alone are heeded.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        found: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        # None: set by what is not Python, and could not be put back.
+        before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
 
         def note(number: int, frame: FrameType | None) -> None:
             for each, handler in before.items():
                 signal.signal(each, handler)
             self.signal = signal.Signals(number)
-            print(
-                f"\n{self.signal.name}: finishing this step, then saving. Once more leaves at once.",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"\n{self.signal.name}: finishing this step, then saving. Once more leaves at once."
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                print(text, file=sys.stderr, flush=True)
 
-        for number in _SIGNALS:
+        for number in before:
             signal.signal(number, note)
         try:
             yield
@@ -78,7 +103,8 @@ class Requests:
         if self.signal is not None:
             return Action.STOP
         for path, action in self._files.items():
-            if path.exists():
-                path.unlink(missing_ok=True)
-                return action
+            if path.is_file():
+                with contextlib.suppress(OSError):  # held open by who made it: then at a later step
+                    path.unlink()
+                    return action
         return None

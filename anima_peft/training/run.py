@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 
 from ..adapters.layers import relative_delta
-from ..data.cache import FileIndex, cache_folder
+from ..data.cache import FileIndex, cache_folder, remove_abandoned
 from ..data.dataset import BucketBatchSampler, SampleTable
 from ..data.pictures import scan
 from ..data.summary import summary
@@ -36,9 +36,10 @@ from .engine import engine
 from .metadata import RunFacts, training_metadata
 from .network import add_network, hash_merged, merge_base_weights, require_weights
 from .optimizers import needs_card
-from .outputs import Outputs, require_free, resolve_folder
+from .outputs import Outputs, is_final_state, require_free, resolve_folder
 from .prepare import prepare_model, prepare_parts
 from .previews import Previews
+from .requests import Requests
 from .samples import planned_steps, prepare_samples, steps_of_epoch
 from .saving import Saver
 from .settings import other_settings, state_settings
@@ -99,14 +100,17 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
     options, now = config.train, datetime.now()
     outputs = Outputs(resolve_folder(options.save.output_dir, now), options.save.output_name)
     log_root = Path(options.log.logging_dir) if options.log.logging_dir else outputs.folder / "logs"
+    requests = Requests(outputs)
     with engine(options, log_root) as accelerator:
         resume = _resume_from(options.save.resume, outputs)
         progress = read_progress(resume) if resume else Progress()
         continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
         if not continued:  # what another folder's run has saved is not this one's to drop
             progress.saved_steps, progress.saved_epochs = [], []
+        progress.started = progress.started or datetime.now(UTC).isoformat()
         require_free(outputs, overwrite=options.save.overwrite, resume=continued)
         require_writable("output_dir", outputs.folder)
+        requests.forget_earlier()
         if options.log.log_with != "none":
             require_writable("logging_dir", log_root)
         for warning in config.warnings:
@@ -136,7 +140,8 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         table = SampleTable(pictures)
         sampler = BucketBatchSampler(table.groups, table.batch_sizes, seed=options.loop.seed)
         facts = _plan(options, sources, hashes, batches=len(sampler))
-        if resume and progress.step >= facts.total_steps:
+        # At the last step there may be files to write yet, if the run was killed there.
+        if resume and (progress.step > facts.total_steps or _is_done(resume, progress, facts)):
             raise InputError(
                 f"resume: {resume} stands at step {progress.step}, and the run ends at step {facts.total_steps}; "
                 "raise max_train_steps or max_train_epochs to go on."
@@ -151,6 +156,8 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             max_length=options.model.anima_seq_len,
             train_conditioner=options.trains_conditioner,
         )
+        for folder in {cache_folder(picture.path.parent, cache_dir) for picture in pictures}:
+            remove_abandoned(folder)
         samples = prepare_samples(
             options, pictures, sampler, sources.vae, hashes.vae, text, total_steps=facts.total_steps
         )
@@ -165,9 +172,9 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
         metadata = partial(training_metadata, options, pictures, facts, config.summary)
         saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
+        saver.drop_old()
         log_folder = _start_tracking(accelerator, options, log_root, now)
-        run_watched(accelerator, options, parts, progress, facts, saver, outputs, samples.dataset, previews)
-        saver.at_end()
+        run_watched(accelerator, options, parts, progress, facts, saver, requests, samples.dataset, previews)
         with parts.average.in_place():
             learned = relative_delta(model.components, ADAPTER_NAME)
         strip = previews.strip() if previews is not None else None
@@ -176,13 +183,18 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
 
 
 def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
-    """The state folder that `resume` names; what a crash has left in the run's folder is put right on the way."""
+    """The state folder that `resume` names; what a crash has left of the run, and of that one, is put right before."""
+    settle(outputs)
     if given == "latest":
         return latest_state(outputs)
     if given is None:
         return None
-    settle(Path(given).parent)
+    settle(Outputs.of_state(Path(given)))
     return Path(given)
+
+
+def _is_done(state: Path, progress: Progress, facts: RunFacts) -> bool:
+    return progress.step == facts.total_steps and is_final_state(state)
 
 
 def locate_sources(options: TrainOptions) -> ModelSources:

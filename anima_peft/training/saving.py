@@ -94,10 +94,22 @@ class Saver:
     def _save(self, path: Path, saved: list[tuple[int, str]], number: int, keep: int | None, unit: str) -> None:
         if number not in dict(saved):
             saved.append((number, path.name))
-        dropped = files_to_drop(saved, number, keep)
-        # Out of the list first: the state about to be written must not remember files that go.
-        saved[:] = [entry for entry in saved if entry not in dropped]
+        # The state remembers also what goes next: should the process end in between, `drop_old` finds it.
         self._write(path, state=self._with_state)
+        self._drop(saved, number, keep, unit)
+
+    def drop_old(self) -> None:
+        """Remove what the run would have removed by now, had it not been killed."""
+        for saved, keep, unit in (
+            (self._progress.saved_steps, self._keep_steps, "steps"),
+            (self._progress.saved_epochs, self._keep_epochs, "epochs"),
+        ):
+            if saved:
+                self._drop(saved, max(number for number, _ in saved), keep, unit)
+
+    def _drop(self, saved: list[tuple[int, str]], number: int, keep: int | None, unit: str) -> None:
+        dropped = files_to_drop(saved, number, keep)
+        saved[:] = [entry for entry in saved if entry not in dropped]
         if self._accelerator.is_main_process:
             for _, name in dropped:
                 remove(self._outputs.folder / name)
@@ -118,5 +130,6 @@ class Saver:
     def _write_config(self) -> None:
         """Once, and not before there is an adapter: a run that fails in its first steps leaves nothing to overwrite."""
         if self._resolved is not None:
-            text, self._resolved = self._resolved, None
+            text = self._resolved
             write_atomically(self._outputs.config, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+            self._resolved = None

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import RNG_STATE_NAME
+from accelerate.utils import load as load_file_of_accelerate
+from safetensors import SafetensorError
 
 from ..adapters import exchange
 from ..adapters.factors import Weights, alike, summary
@@ -21,7 +24,7 @@ from ..adapters.naming import ModuleTable
 from ..adapters.reading import parse
 from ..adapters.sources import read_adapter_file
 from ..errors import InputError
-from ..files import flush_tree, remove_unfinished, write_atomically
+from ..files import flush_folder, flush_tree, unfinished_name, write_atomically
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
 from .outputs import STATE_SUFFIX, Outputs
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter.safetensors"
 PROGRESS_FILE = "progress.json"
 ADAPTER_NAME = "default"
+_NEW, _OLD = "-new", "-old"
 
 
 @dataclass
@@ -45,7 +49,12 @@ class Progress:
         recent_losses: of the last steps, for the mean that is shown.
         settings: what a state cannot be continued without, by name.
         noted: the other options of the run, by name; they may change.
+        skipped_steps: those whose numbers were not finite, so that the optimizer left them out.
+        started: when the run began, before any resuming, ISO 8601 in UTC.
+        whole: whether the weights are those after `step`; not so inside of the next one. Not part of a state.
     """
+
+    whole = True
 
     step: int = 0
     epoch: int = 0
@@ -55,14 +64,8 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     noted: dict[str, Any] = field(default_factory=dict)
-
-    def mark(self) -> None:
-        """Note that here all batches done are in an optimizer step."""
-        self._mark = (self.epoch, self.batch)
-
-    def back_to_mark(self) -> None:
-        """Go back to where `mark` was called last."""
-        self.epoch, self.batch = self._mark
+    skipped_steps: int = 0
+    started: str = ""
 
 
 def register(
@@ -133,7 +136,10 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
         InputError: a file of the state is missing, damaged, or of another network.
     """
     try:
+        # accelerate goes on without a word where it cannot restore these.
+        load_file_of_accelerate(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
         accelerator.load_state(str(folder))
+        accelerator.step = 0  # batches since an optimizer step; those of a step that failed are not in the state
     except InputError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
@@ -168,53 +174,76 @@ def require_same_settings(progress: Progress, settings: Mapping[str, Any], folde
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Write the state beside its place, then put it there; an earlier state of that name goes only then."""
-    fresh, old = folder.with_name(f".{folder.name}-new"), folder.with_name(f".{folder.name}-old")
+    """Write the state beside its place, then put it there; an earlier state of that name goes only then.
+
+    Raises:
+        OSError: it cannot be written; what was there before is left.
+    """
+    fresh, old = folder.with_name(f".{folder.name}{_NEW}"), folder.with_name(f".{folder.name}{_OLD}")
     if accelerator.is_main_process:
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        flush_tree(fresh)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        accelerator.save_state(str(fresh))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            flush_tree(fresh)
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+            flush_folder(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    except (RuntimeError, SafetensorError) as error:  # so torch reports a disk that is full
+        raise OSError(f"{folder}: the state cannot be written ({error})") from error
+    finally:
+        if accelerator.is_main_process:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            shutil.rmtree(fresh, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
-def settle(folder: Path) -> None:
-    """Put right what a crash inside of `save_state` has left: the earlier state comes back, a half-written one goes."""
-    for leftover in folder.glob(".*-old"):
-        place = folder / leftover.name.removeprefix(".").removesuffix("-old")
-        if _is_state(leftover):
-            if place.exists():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.rename(place)
-    for leftover in folder.glob(f".*{STATE_SUFFIX}-new"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    remove_unfinished(folder)
+def settle(outputs: Outputs) -> None:
+    """Put right what a killed run of this name has left: an earlier state comes back, what is half-written goes.
+
+    Files of other runs in the same folder are left alone; they may be at work.
+    """
+    if not outputs.folder.is_dir():
+        return
+    for leftover in list(outputs.folder.glob(".*")):
+        unfinished = unfinished_name(leftover)
+        if unfinished is not None and outputs.owns(unfinished):
+            leftover.unlink(missing_ok=True)
+        for suffix in (_OLD, _NEW):
+            place = leftover.with_name(leftover.name.removeprefix(".").removesuffix(suffix))
+            if leftover.name.endswith(STATE_SUFFIX + suffix) and outputs.owns(place.name):
+                if suffix == _OLD and not place.exists():
+                    leftover.rename(place)
+                else:
+                    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def latest_state(outputs: Outputs) -> Path:
-    """The state of this run that has got furthest.
+    """The state that has got furthest, of the run of this name that was started last.
 
     Raises:
         InputError: there is none.
     """
-    settle(outputs.folder)
     states = [path for path in outputs.existing() if _is_state(path)]
     if not states:
         raise InputError(
             f'resume = "latest": {outputs.folder} holds no state of {outputs.name}; name a state folder, or start '
             "anew without resume. (An output_dir with {time} is another folder each time.)"
         )
-    # Of several at one step, such as the last epoch's and the run's end, the one that knows most of the files written.
-    return max(states, key=lambda path: (read_progress(path).step, path.stat().st_mtime))
+
+    def order(path: Path) -> tuple[str, int, float]:
+        progress = read_progress(path)
+        # Of several at one step, such as the last epoch's and the run's end, the one that knows most of the files.
+        return progress.started, progress.step, path.stat().st_mtime
+
+    return max(states, key=order)
 
 
 def _is_state(path: Path) -> bool:
-    return path.name.removesuffix("-old").endswith(STATE_SUFFIX) and (path / PROGRESS_FILE).is_file()
+    return path.name.endswith(STATE_SUFFIX) and (path / PROGRESS_FILE).is_file()

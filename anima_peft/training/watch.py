@@ -10,11 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from ..data.dataset import BucketBatchSampler, CachedDataset
-from ..errors import Interrupted, TrainingError
+from ..errors import InputError, Interrupted, TrainingError
 from .health import Health
 from .loop import Parts, run_loop
 from .metadata import RunFacts
-from .outputs import Outputs
 from .previews import Previews
 from .requests import Action, Requests
 from .saving import Saver
@@ -33,25 +32,25 @@ def run_watched(
     progress: Progress,
     facts: RunFacts,
     saver: Saver,
-    outputs: Outputs,
+    requests: Requests,
     dataset: CachedDataset,
     previews: Previews | None,
 ) -> None:
-    """The training loop, with all that can come in between.
+    """The training loop and the last save, with all that can come in between.
 
     Args:
         facts: how long the run is.
         saver: writes what the options, a request or a failure ask for.
-        outputs: names in the run's folder, where requests are looked for.
+        requests: looked at after every step.
         dataset: names the pictures of a batch.
         previews: draws `sample_prompts`; None if there are none.
 
     Raises:
         Interrupted: a signal or a file asked for the end; adapter and state are saved.
-        TrainingError: the numbers are not finite, or there was not enough memory; the state is saved if it is sound.
+        TrainingError: the numbers are not finite, there was not enough memory, or a file could not be written; the
+            state is saved if it is sound and if that can be done.
+        InputError: the same, where a file of the cache is gone.
     """
-
-    requests = Requests(outputs)
 
     def after_step() -> None:
         saver.after_step()
@@ -63,11 +62,11 @@ def run_watched(
                 logger.warning("Previews were asked for, and sample_prompts names none.")
             else:
                 previews.draw(progress.step, parts.average)
-        if request in (None, Action.PREVIEW):
+        if request in (None, Action.PREVIEW) or (request is Action.STOP and progress.step >= facts.total_steps):
             return
         state = saver.now()
         logger.warning("Saved on request: %s", state)
-        if request is Action.STOP and progress.step < facts.total_steps:
+        if request is Action.STOP:
             raise Interrupted(
                 f"Stopped after step {progress.step} of {facts.total_steps}; go on with --resume {state}",
                 requests.signal or 0,
@@ -88,36 +87,75 @@ def run_watched(
                 progress,
                 total_steps=facts.total_steps,
                 max_grad_norm=options.optimizer.max_grad_norm,
-                health=Health(options.loop.skip_nonfinite_steps, _names(dataset, parts.sampler, progress)),
+                health=Health(options.loop.skip_nonfinite_steps, progress, _names(dataset, parts.sampler, progress)),
                 on_step=after_step,
                 on_epoch=after_epoch,
             )
-    except (TrainingError, torch.OutOfMemoryError) as error:
-        text = str(error) if isinstance(error, TrainingError) else _memory_advice(options, error)
+            saver.at_end()
+    except (InputError, OSError, RuntimeError) as error:
         parts.optimizer.zero_grad(set_to_none=True)  # room for what saving needs
-        if progress.step and all(parameter.isfinite().all() for parameter in parts.parameters):
-            text += f"\nThe state after step {progress.step} is saved; go on with --resume {saver.now()}"
-        raise TrainingError(text) from error
+        rescued = _rescue(parts, progress, saver)
+        if isinstance(error, torch.OutOfMemoryError):
+            told = _memory_advice(options, progress, accelerator.device, error)
+        else:
+            told = str(error)
+        raise _ending(error, f"{told}\n{rescued}", requests) from error
+    if requests.signal is not None:
+        raise Interrupted(f"Stopped after the last step, {progress.step}; the adapter is complete.", requests.signal)
 
 
-def _names(dataset: CachedDataset, sampler: BucketBatchSampler, progress: Progress) -> Callable[[], list[str]]:
-    """The names of the pictures in the batch that is at work."""
+def _ending(error: InputError | OSError | RuntimeError, text: str, requests: Requests) -> Exception:
+    """What a failed run ends with: one message, or, for a fault that nobody foresaw, its text with a traceback."""
+    if isinstance(error, InputError):
+        return InputError(text)
+    if isinstance(error, (TrainingError, OSError, torch.OutOfMemoryError)):
+        return TrainingError(text)
+    if requests.signal is not None:  # one that has ended the loader's workers, too
+        return Interrupted(text, requests.signal)
+    return RuntimeError(text)
 
-    def names() -> list[str]:
-        batch = sampler.batches(progress.epoch)[progress.batch]
-        return [dataset.pictures[dataset.picture_of_sample[key.sample]].path.name for key in batch]
+
+def _rescue(parts: Parts, progress: Progress, saver: Saver) -> str:
+    """Save what a failed run has; says what became of it."""
+    if not progress.step:
+        return "No step was done, and nothing is saved."
+    try:
+        if not progress.whole or not all(parameter.isfinite().all() for parameter in parts.parameters):
+            return (
+                "The weights are not those of a whole step and are not saved; --resume latest takes an earlier state."
+            )
+        return f"The state after step {progress.step} is saved; go on with --resume {saver.now()}"
+    except (OSError, RuntimeError) as error:
+        return f"The state after step {progress.step} could not be saved ({error}); earlier ones are as they were."
+
+
+def _names(dataset: CachedDataset, sampler: BucketBatchSampler, progress: Progress) -> Callable[[int], list[list[str]]]:
+    """The names of the pictures in the batch that is at work and in those before it, so many in all."""
+
+    def names(batches: int) -> list[list[str]]:
+        last = progress.batch + 1
+        return [
+            [dataset.pictures[dataset.picture_of_sample[key.sample]].path.name for key in batch]
+            for batch in sampler.batches(progress.epoch)[last - batches : last]
+        ]
 
     return names
 
 
-def _memory_advice(options: TrainOptions, error: Exception) -> str:
-    """What would make this run fit."""
+def _memory_advice(options: TrainOptions, progress: Progress, device: torch.device, error: Exception) -> str:
+    """What would make this run fit on this device."""
     loop = options.loop
     advice = [
         "set gradient_checkpointing = true" if not loop.gradient_checkpointing else "",
-        "lower batch_size and raise gradient_accumulation_steps",
+        "lower batch_size and raise gradient_accumulation_steps" if max(progress.settings["batch sizes"]) > 1 else "",
         'use mixed_precision = "bf16"' if loop.mixed_precision == "no" else "",
         "lower the dataset's resolution",
         "lower network_dim, or train fewer layers (target_modules)",
+        "close other programs that use it",
     ]
-    return f"The device ran out of memory ({str(error).splitlines()[0]}). To fit: {'; '.join(filter(None, advice))}."
+    what = next(iter(str(error).splitlines()), "no more is known")
+    name = "The computer"
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        name = f"{card.name}, with {card.total_memory / 2**30:.1f} GiB,"
+    return f"{name} ran out of memory ({what}). To fit: {'; '.join(filter(None, advice))}."

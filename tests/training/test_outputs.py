@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from anima_peft.errors import InputError
-from anima_peft.training.outputs import Outputs, files_to_drop, remove, require_free, resolve_folder, state_folder
+from anima_peft.training.outputs import (
+    Outputs,
+    files_to_drop,
+    is_final_state,
+    remove,
+    require_free,
+    resolve_folder,
+    state_folder,
+)
 
 
 def test_names_are_those_of_sd_scripts(tmp_path: Path) -> None:
@@ -38,6 +46,9 @@ def test_time_is_filled_in() -> None:
         ("name-01-without.png", True),
         ("name-02-with.png", True),
         ("name2.safetensors", False),
+        ("name-b-01-with.png", False),
+        ("name-b-state", False),
+        ("name-step00000010-state", True),
         ("name-final.safetensors", False),
         ("other.safetensors", False),
         ("logs", False),
@@ -60,6 +71,15 @@ def test_brackets_in_a_name_are_letters(tmp_path: Path) -> None:
     assert Outputs(tmp_path, "[abc]").existing() == []
     (tmp_path / "[abc]-000001.safetensors").touch()
     assert [path.name for path in Outputs(tmp_path, "[abc]").existing()] == ["[abc]-000001.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["after_epoch", "after_step"])
+@pytest.mark.parametrize("name", ["a", "a-000001", "[b] -state"])
+def test_a_states_run_is_known_by_its_name(tmp_path: Path, name: str, file: str) -> None:
+    outputs = Outputs(tmp_path, name)
+    state = state_folder(getattr(outputs, file)(7))
+    assert Outputs.of_state(state) == outputs
+    assert not is_final_state(state)
 
 
 def test_the_last_n_steps_stay() -> None:
