@@ -15,6 +15,7 @@ from .generation import Request, draw, labelled_grid, save_picture
 from .models.sources import resolve_sources
 from .models.tokenizers import QWEN, T5
 from .pipeline import AnimaPipeline
+from .training.attention import require_attention, use_backend
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXAMPLES = """
@@ -59,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
     model.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     model.add_argument("--dtype", choices=_DTYPES, help="default: bf16 on a graphics card, fp32 on the CPU")
+    model.add_argument(
+        "--attn_mode",
+        choices=("torch", "flash", "xformers", "sage"),
+        default="torch",
+        help="attention kernels of the transformer; all but torch need a graphics card and a package (default torch)",
+    )
     model.add_argument(
         "--offload", action="store_true", help="keep on the graphics card only the part at work, and decode in tiles"
     )
@@ -176,7 +183,9 @@ def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
     if arguments.offload and device.type == "cpu":
         raise InputError("--offload has no effect on the CPU: it frees a graphics card's memory.")
     dtype = _DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    require_attention(arguments.attn_mode, device, dtype)
     pipe = AnimaPipeline.from_sources(sources, torch_dtype=dtype)
+    use_backend(pipe.transformer, pipe.text_conditioner, arguments.attn_mode)
     if arguments.offload:
         pipe.enable_vae_tiling()
         pipe.enable_model_cpu_offload(device=device)

@@ -298,6 +298,7 @@ def test_generate_overwrites_nothing(
         (["--qwen_tokenizer_dir", "gone", "--no-auto_download_qwen_tokenizer"], "no such file or folder: gone"),
         (["--device", "abacus"], "--device abacus: cannot be used here"),
         (["--device", "cpu", "--offload"], "--offload has no effect on the CPU"),
+        (["--device", "cpu", "--attn_mode", "sage"], 'attn_mode: "sage" cannot be had: it needs a CUDA device'),
         (["--adapter", "gone.safetensors"], "gone.safetensors"),
         (["--width", "100"], "16"),
     ],

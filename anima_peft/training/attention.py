@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.utils import is_flash_attn_available, is_xformers_available
+from diffusers.utils import is_flash_attn_available, is_sageattention_available, is_xformers_available
 
 from ..errors import InputError
 from ..transformer import AnimaTransformerModel
 
 logger = logging.getLogger(__name__)
 
-_BACKENDS = {"flash": AttentionBackendName.FLASH, "xformers": AttentionBackendName.XFORMERS}
-_PACKAGES = {"flash": "pip install flash-attn --no-build-isolation", "xformers": "pip install anima-peft[xformers]"}
+_BACKENDS = {
+    "flash": AttentionBackendName.FLASH,
+    "xformers": AttentionBackendName.XFORMERS,
+    "sage": AttentionBackendName.SAGE,  # has no backward pass: for drawing only
+}
+_PACKAGES = {
+    "flash": "pip install flash-attn --no-build-isolation",
+    "xformers": "pip install anima-peft[xformers]",
+    "sage": "pip install sageattention",
+}
+_NOT_IN_FLOAT32 = ("flash", "sage")
 
 
 def require_attention(mode: str | None, device: torch.device, dtype: torch.dtype) -> None:
@@ -25,21 +35,17 @@ def require_attention(mode: str | None, device: torch.device, dtype: torch.dtype
         dtype: what the model computes in.
 
     Raises:
-        InputError: no graphics card or no package for them, or flash in float32.
+        InputError: no graphics card or no package for them, or flash or sage in float32.
     """
     missing = _missing(mode, device) if mode in _BACKENDS else ""
-    if not missing and mode == "flash" and dtype == torch.float32:
-        missing = 'it computes in bf16 or fp16 only, and mixed_precision is "no"'
+    if not missing and mode in _NOT_IN_FLOAT32 and dtype == torch.float32:
+        missing = "it computes in bf16 or fp16 only, and this is float32"
     if missing:
         raise InputError(f'attn_mode: "{mode}" cannot be had: {missing}. "torch" runs everywhere.')
 
 
 def set_attention(model: AnimaTransformerModel, mode: str | None, device: torch.device, *, xformers: bool) -> str:
     """Choose the DiT's kernels.
-
-    The conditioner stays native in any case: it passes a mask. diffusers' `set_attention_backend` also sets a
-    process-wide default, so the conditioner is set first. `enable_xformers_memory_efficient_attention` is not used:
-    it swaps in a processor that ignores Anima's rotary embeddings.
 
     Args:
         mode: `attn_mode`, which `require_attention` has let pass.
@@ -55,14 +61,30 @@ def set_attention(model: AnimaTransformerModel, mode: str | None, device: torch.
         mode = "torch" if missing else "xformers"
     if mode not in _BACKENDS:
         return "torch"
-    model.text_conditioner.set_attention_backend(AttentionBackendName.NATIVE)
-    model.transformer.set_attention_backend(_BACKENDS[mode])
+    use_backend(model.transformer, model.text_conditioner, mode)
     return mode
+
+
+def use_backend(transformer: Any, text_conditioner: Any, mode: str | None) -> None:
+    """Let the DiT use the kernels of that name, which `require_attention` has let pass.
+
+    The conditioner stays native in any case: it passes a mask. diffusers' `set_attention_backend` also sets a
+    process-wide default, so the conditioner is set first. `enable_xformers_memory_efficient_attention` is not used:
+    it swaps in a processor that ignores Anima's rotary embeddings.
+    """
+    if mode in _BACKENDS:
+        text_conditioner.set_attention_backend(AttentionBackendName.NATIVE)
+        transformer.set_attention_backend(_BACKENDS[mode])
 
 
 def _missing(mode: str | None, device: torch.device) -> str:
     """What these kernels lack here, or nothing."""
     if device.type != "cuda":
         return "it needs a CUDA device, and none is in use"
-    installed = is_xformers_available() if mode == "xformers" else is_flash_attn_available()
-    return "" if installed else f"the package is not installed ({_PACKAGES[mode or '']})"
+    installed = {
+        "flash": is_flash_attn_available,
+        "xformers": is_xformers_available,
+        "sage": is_sageattention_available,
+    }
+    name = mode or ""
+    return "" if installed[name]() else f"the package is not installed ({_PACKAGES[name]})"

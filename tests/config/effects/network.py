@@ -222,6 +222,7 @@ def attn_mode(bench: Bench) -> None:
     for mode, device, dtype, reason in (
         ("flash", "cpu", torch.bfloat16, "needs a CUDA device"),
         ("flash", "cuda", torch.float32, "bf16 or fp16 only"),
+        ("sage", "cuda", torch.bfloat16, "pip install sageattention"),
     ):
         with pytest.raises(InputError, match=f'attn_mode: "{mode}" cannot be had: .*{reason}'):
             attention.require_attention(mode, torch.device(device), dtype)
