@@ -98,7 +98,7 @@ def build_scheduler(
         arguments: further ones by `schedule_keywords`.
 
     Raises:
-        InputError: warmup and decay together are longer than the run, or an argument is refused.
+        InputError: warmup and decay together are longer than the run or leave nothing of it, or an argument is refused.
     """
     if name == ADAFACTOR:
         return AdafactorSchedule(optimizer)
@@ -106,6 +106,8 @@ def build_scheduler(
         raise InputError(
             f"lr_warmup_steps ({warmup}) and lr_decay_steps ({decay}) are more than the run's {total_steps} steps."
         )
+    if name == "polynomial" and warmup == total_steps:  # transformers would divide by the steps that are left
+        raise InputError(f"lr_warmup_steps: all of the run's {total_steps} steps leave none for the polynomial.")
     specific: dict[str, Any] = dict(arguments or {})
     if name in ("cosine", "cosine_with_min_lr", "warmup_stable_decay"):
         specific["num_cycles"] = num_cycles / 2

@@ -11,7 +11,7 @@ from transformers.optimization import Adafactor
 from anima_peft.errors import InputError
 from anima_peft.training.groups import reported_rates
 from anima_peft.training.optimizers import build_optimizer, canonical_name, class_path, load_class
-from anima_peft.training.schedules import ADAFACTOR, as_steps, build_scheduler
+from anima_peft.training.schedules import ADAFACTOR, SCHEDULES, as_steps, build_scheduler
 
 
 @pytest.mark.parametrize(("setting", "steps"), [(0, 0), (50, 50), (0.1, 20), (0.999, 199), (1.0, 1), (3.0, 3)])
@@ -51,6 +51,26 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Prodigy": {"d0": 1e-3, "weight_decay": 0.3},
     "torch.optim.SGD": {"momentum": 0.9, "weight_decay": 0.3},
 }
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 4])
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != ADAFACTOR])
+def test_every_schedule_reaches_its_end(name: str, warmup: int) -> None:
+    """Also where the run is all warmup, and a step beyond, as after a state that knows more steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+    def build() -> torch.optim.lr_scheduler.LRScheduler:
+        return build_scheduler(optimizer, name, 4, warmup=warmup, timescale=5, min_lr_ratio=0.1)
+
+    if (name, warmup) == ("polynomial", 4):
+        with pytest.raises(InputError, match="leave none for the polynomial"):
+            build()
+        return
+    scheduler = build()
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+        assert 0 <= scheduler.get_last_lr()[0] <= 1
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
