@@ -10,6 +10,7 @@ from ..data.specs import DatasetSpec, SubsetSpec
 from ..errors import InputError
 from .captions import CaptionKeys
 from .options import Needs, option
+from .prompts import MAX_SEED
 from .reading import as_number, shown
 
 LONGEST_SIDE = 65536  # pixels; beyond any picture, so a slip of the keyboard
@@ -93,6 +94,19 @@ class DatasetKeys:
         choices=tuple(INTERPOLATIONS),
         synonyms={"linear": "bilinear", "cubic": "bicubic"},
         help="Filter for every resize. Unset, areas are averaged to shrink a picture, and Lanczos enlarges it.",
+    )
+    validation_split: float = option(
+        DatasetSpec.validation_split,
+        minimum=0,
+        below=1,
+        help="Share of a dataset's pictures that is not trained on, and whose loss is measured; at least one picture.",
+    )
+    validation_seed: int = option(
+        DatasetSpec.validation_seed,
+        minimum=0,
+        maximum=MAX_SEED,
+        only_with=(Needs("validation_split", unless=(0.0,)),),
+        help="Decides which pictures are held out, and the noise they are measured with.",
     )
 
 

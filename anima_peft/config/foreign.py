@@ -44,7 +44,6 @@ _TRAIN_GROUPS = (
     ("scale_v_pred_loss_like_noise_pred", _LOSS),
     ("adaptive_noise_scale multires_noise_iterations multires_noise_discount", _NOISE),
     ("sample_sampler", "remove it; pictures are drawn with the model's own sampler, Euler"),
-    ("validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps", _REMOVE),
     ("save_n_epoch_ratio", "use save_every_n_epochs"),
     ("save_model_as use_safetensors", "remove it; files are always safetensors, and save_format names the layout"),
     ("huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token", _HUB),
@@ -88,7 +87,7 @@ _TRAIN_GROUPS = (
 
 _CAPTION_GROUPS = (
     ("face_crop_aug_range", "use random_crop"),
-    ("validation_split validation_seed network_multiplier", _REMOVE),
+    ("network_multiplier", _REMOVE),
     ("cache_info", _CACHES),
 )
 

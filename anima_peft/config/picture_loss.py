@@ -1,4 +1,4 @@
-"""The options that weight the loss by picture: regularisation sets and masks."""
+"""The options that treat pictures apart: regularisation sets, masks, and those that are held out."""
 
 from __future__ import annotations
 
@@ -36,3 +36,17 @@ def check_picture_loss(found: Mapping[str, Found], datasets: Sequence[DatasetSpe
         faults.add(masked.path, f"has no effect, because no subset has a conditioning_data_dir; {instead}")
     if has_masks and not is_on and (masked is None or masked.value is not FAULTY):
         faults.add("conditioning_data_dir", "has no effect without masked_loss = true in the train args; add it")
+    _check_validation(found, datasets, faults)
+
+
+def _check_validation(found: Mapping[str, Found], datasets: Sequence[DatasetSpec], faults: Faults) -> None:
+    """Report pictures that are held out and never looked at, and the other way round."""
+    times = ("validate_every_n_steps", "validate_every_n_epochs")
+    given = {name: found[name] for name in (*times, "max_validation_steps") if name in found}
+    given = {name: each for name, each in given.items() if each.value is not None}
+    is_split = any(dataset.validation_split for dataset in datasets)
+    if is_split and not any(name in given for name in times):
+        faults.add("validation_split", f"has no effect without one of {', '.join(times)} in the train args; add one")
+    if not is_split:
+        for each in given.values():
+            faults.add(each.path, "has no effect, because no dataset has a validation_split; remove it")

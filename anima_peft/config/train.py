@@ -181,6 +181,15 @@ class LogOptions:
         None, minimum=1, only_with=_WITH_PROMPTS, help="Draw sample_prompts every so many epochs."
     )
     sample_at_first: bool = option(False, only_with=_WITH_PROMPTS, help="Draw sample_prompts before the first step.")
+    validate_every_n_steps: int | None = option(
+        None, minimum=1, help="Measure the loss of the pictures held out by validation_split every so many steps."
+    )
+    validate_every_n_epochs: int | None = option(
+        None, minimum=1, help="Measure the loss of the pictures held out by validation_split every so many epochs."
+    )
+    max_validation_steps: int | None = option(
+        None, minimum=1, help="Of the pictures held out, measure at most so many each time; unset, all of them."
+    )
     compare_prompts: tuple[PromptLine, ...] = option(
         (),
         convert=parse_prompt_line,

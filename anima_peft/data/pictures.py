@@ -20,6 +20,7 @@ from .cache import FileFacts, FileIndex, Stamp, cache_folder, file_stamp, read_u
 from .finding import Found, find
 from .masks import MaskSource
 from .pixels import DECODE_ERRORS, decode_rgb, fit, picture_size
+from .randomness import mix
 from .specs import AS_WRITTEN, CaptionSpec, DatasetSpec
 from .variation import Variation, change_colors
 
@@ -63,6 +64,9 @@ class Picture:
     """Where the loss counts; None for everywhere."""
     interpolation: str | None = None
     """Filter for resizing, None for the usual ones."""
+
+    held_out: bool = False
+    """Whether it is looked at for validation, and not trained on."""
 
     @property
     def varies(self) -> bool:
@@ -119,7 +123,7 @@ def scan(
         "%d pictures have several captions, of which only the first is used; set enable_wildcard to use all: %s",
         [file.path for file in found if file.leaves_lines],
     )
-    return tuple(_balanced(pictures))
+    return tuple(_balanced(_split(pictures, datasets)))
 
 
 def load_pixels(picture: Picture, flip: bool, variation: Variation | None = None) -> torch.Tensor:
@@ -253,6 +257,42 @@ def _emptied(
     return faults
 
 
+def _split(pictures: Sequence[Picture], datasets: Sequence[DatasetSpec]) -> list[Picture]:
+    """The pictures, of which each dataset's share for validation is held out, and shown there as it is.
+
+    Which they are depends on the seed and the content alone: the order decides nothing, and a picture that is added
+    puts at most one other on the other side. Regularisation pictures are not held out.
+    """
+    held: set[tuple[int, Path]] = set()
+    for index, dataset in enumerate(datasets):
+        own = [p for p in pictures if p.dataset_index == index and not p.is_reg]
+        if dataset.validation_split and len(own) > 1:
+            order = sorted(own, key=lambda p: (mix(dataset.validation_seed, p.sha256, "validation"), p.path))
+            count = min(max(round(len(own) * dataset.validation_split), 1), len(own) - 1)
+            held |= {(index, picture.path) for picture in order[:count]}
+    return [_held_out(p) if (p.dataset_index, p.path) in held else p for p in pictures]
+
+
+def _held_out(picture: Picture) -> Picture:
+    captions = replace(
+        picture.captions,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        shuffle_caption=False,
+        caption_tag_dropout_rate=0.0,
+        token_warmup_step=0,
+    )
+    return replace(
+        picture,
+        held_out=True,
+        num_repeats=1,
+        flip_aug=False,
+        color_aug=False,
+        random_crop=False,
+        captions=captions,
+    )
+
+
 def _balanced(pictures: Sequence[Picture]) -> list[Picture]:
     """The pictures, with regularisation pictures repeated to the number of the others in their dataset.
 
@@ -263,7 +303,7 @@ def _balanced(pictures: Sequence[Picture]) -> list[Picture]:
     unused: list[Path] = []
     for index in dict.fromkeys(picture.dataset_index for picture in pictures):
         own = [picture for picture in pictures if picture.dataset_index == index]
-        wanted = sum(picture.num_repeats for picture in own if not picture.is_reg)
+        wanted = sum(picture.num_repeats for picture in own if not picture.is_reg and not picture.held_out)
         taken: list[Picture] = []
         lacking = wanted
         for picture in (picture for picture in own if picture.is_reg):

@@ -107,3 +107,7 @@ class DatasetSpec:
     """Pictures of this area or less are left out."""
     resize_interpolation: str | None = None
     """Filter for every resize, one of `pixels.INTERPOLATIONS`; None averages areas to shrink, Lanczos to enlarge."""
+    validation_split: float = 0.0
+    """Share of the pictures that is held out for validation, in [0, 1); at least one, if it is not 0."""
+    validation_seed: int = 42
+    """Decides which pictures these are, and their noise."""

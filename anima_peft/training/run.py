@@ -40,7 +40,7 @@ from .outputs import Outputs, is_final_state, require_free, resolve_folder
 from .prepare import prepare_model, prepare_parts
 from .previews import Previews
 from .requests import Requests
-from .samples import planned_steps, prepare_samples, steps_of_epoch
+from .samples import Samples, planned_steps, prepare_held_out, prepare_samples, steps_of_epoch
 from .saving import Saver
 from .settings import other_settings, state_settings
 from .state import (
@@ -54,6 +54,7 @@ from .state import (
     settle,
     warn_of_changes,
 )
+from .validation import Validation
 from .watch import run_watched
 
 if TYPE_CHECKING:
@@ -122,8 +123,10 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             sources = locate_sources(options)
         check_encoders(sources.text_encoder, sources.vae)
         cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
-        pictures = scan(config.datasets, cache_dir=cache_dir)
-        settings, noted = state_settings(options, pictures), other_settings(options)
+        found = scan(config.datasets, cache_dir=cache_dir)
+        pictures = tuple(picture for picture in found if not picture.held_out)
+        held_out = tuple(picture for picture in found if picture.held_out)
+        settings, noted = state_settings(options, found), other_settings(options)
         if resume:
             require_same_settings(progress, settings, resume)
             warn_of_changes(progress, noted, resume)
@@ -156,11 +159,17 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             max_length=options.model.anima_seq_len,
             train_conditioner=options.trains_conditioner,
         )
-        for folder in {cache_folder(picture.path.parent, cache_dir) for picture in pictures}:
+        for folder in {cache_folder(picture.path.parent, cache_dir) for picture in found}:
             remove_abandoned(folder)
         samples = prepare_samples(
             options, pictures, sampler, sources.vae, hashes.vae, text, total_steps=facts.total_steps
         )
+        validation = None
+        if held_out:
+            seed = config.datasets[held_out[0].dataset_index].validation_seed
+            measured = prepare_held_out(options, held_out, sources.vae, hashes.vae, text, seed=seed)
+            validation = _validation(accelerator, model, measured, options)
+            logger.warning("%d pictures are held out for validation and not trained on.", len(held_out))
         if accelerator.is_main_process:
             print(summary(pictures, facts.total_steps, options.loop.gradient_accumulation_steps, samples.notes))
         previews = _previews(config, accelerator, model, sources, outputs, dtype)
@@ -174,7 +183,9 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
         saver.drop_old()
         log_folder = _start_tracking(accelerator, options, log_root, now)
-        run_watched(accelerator, options, parts, progress, facts, saver, requests, samples.dataset, previews)
+        run_watched(
+            accelerator, options, parts, progress, facts, saver, requests, samples.dataset, previews, validation
+        )
         with parts.average.in_place():
             learned = relative_delta(model.components, ADAPTER_NAME)
         strip = previews.strip() if previews is not None else None
@@ -283,6 +294,20 @@ def _requests(lines: Sequence[PromptLine], seed: int) -> list[Request]:
         Request(**values | {"seed": seed if values["seed"] is None else values["seed"]})
         for values in map(asdict, lines)
     ]
+
+
+def _validation(
+    accelerator: Accelerator, model: AnimaTransformerModel, samples: Samples, options: TrainOptions
+) -> Validation:
+    log = options.log
+    return Validation(
+        accelerator,
+        model,
+        samples.dataset,
+        every_steps=log.validate_every_n_steps,
+        every_epochs=log.validate_every_n_epochs,
+        limit=log.max_validation_steps,
+    )
 
 
 def _previews(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,6 +122,29 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
     encode_latents = latent_encoder(vae, text.dtype, text.device) if live else None
     notes = (_latents_note(live, len(pictures), loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
     return Samples(dataset, LiveEncoders(encode_latents, encode_text), notes)
+
+
+def prepare_held_out(
+    options: TrainOptions,
+    pictures: tuple[Picture, ...],
+    vae: Path,
+    vae_hash: str,
+    text: TextModels,
+    *,
+    seed: int,
+) -> Samples:
+    """Encode the pictures of the validation split, which are kept whatever the training's are.
+
+    Args:
+        pictures: those that are held out.
+        seed: of the noise that they are measured with.
+
+    Raises:
+        InputError: as `prepare_samples`.
+    """
+    loop = replace(options.loop, seed=seed, cache_latents=True, cache_text_encoder_outputs=True)
+    sampler = BucketBatchSampler(SampleTable(pictures).groups, SampleTable(pictures).batch_sizes, seed=seed)
+    return prepare_samples(replace(options, loop=loop), pictures, sampler, vae, vae_hash, text, total_steps=1)
 
 
 def _plan_text(

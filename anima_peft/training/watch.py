@@ -18,6 +18,7 @@ from .previews import Previews
 from .requests import Action, Requests
 from .saving import Saver
 from .state import Progress
+from .validation import Validation
 
 if TYPE_CHECKING:
     from ..config import TrainOptions
@@ -35,6 +36,7 @@ def run_watched(
     requests: Requests,
     dataset: CachedDataset,
     previews: Previews | None,
+    validation: Validation | None,
 ) -> None:
     """The training loop and the last save, with all that can come in between.
 
@@ -44,6 +46,7 @@ def run_watched(
         requests: looked at after every step.
         dataset: names the pictures of a batch.
         previews: draws `sample_prompts`; None if there are none.
+        validation: measures the loss of the pictures that are held out; None if there are none.
 
     Raises:
         Interrupted: a signal or a file asked for the end; adapter and state are saved.
@@ -54,6 +57,8 @@ def run_watched(
 
     def after_step() -> None:
         saver.after_step()
+        if validation is not None:
+            validation.after_step(progress.step, parts.average)
         if previews is not None:
             previews.after_step(progress.step, parts.average)
         request = requests.take()
@@ -74,6 +79,8 @@ def run_watched(
 
     def after_epoch() -> None:
         saver.after_epoch()
+        if validation is not None:
+            validation.after_epoch(progress.epoch, progress.step, parts.average)
         if previews is not None:
             previews.after_epoch(progress.epoch, progress.step, parts.average)
 

@@ -239,7 +239,12 @@ FAULTS = [
     (dataset(general="is_reg = true"), "general.is_reg: belongs into [[datasets.subsets]]"),
     (dataset(general="bucket_reso_steps = 32"), "general.bucket_reso_steps: has no effect with enable_bucket = false"),
     # options of other trainers
-    (dataset(general="validation_split = 0.1"), "general.validation_split: not supported in this version: remove it"),
+    (
+        dataset(general="validation_split = 0.1"),
+        "validation_split: has no effect without one of validate_every_n_steps",
+    ),
+    (dataset(general="validation_split = 1.0"), "general.validation_split: "),
+    (dataset(general="validation_seed = 1"), "general.validation_seed: has no effect"),
     (
         dataset(subset="face_crop_aug_range = [1, 3]"),
         "face_crop_aug_range: not supported in this version: use",

@@ -132,6 +132,9 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "sample_every_n_steps": (10, ["10"], 10),
     "sample_every_n_epochs": (2, ["2"], 2),
     "sample_at_first": (True, [], True),
+    "validate_every_n_steps": (10, ["10"], 10),
+    "validate_every_n_epochs": (2, ["2"], 2),
+    "max_validation_steps": (3, ["3"], 3),
     "compare_prompts": (["a cat --s 8", "a dog"], ["a cat --s 8", "a dog"], None),
 }
 # written inside the `key=value` list of another option
@@ -179,6 +182,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "persistent_data_loader_workers": {"max_data_loader_n_workers": 1},
     "sample_prompts": {"sample_at_first": True},
     **{f"sample_{time}": {"sample_prompts": PROMPTS} for time in ("every_n_steps", "every_n_epochs", "at_first")},
+    "validate_every_n_steps": {"validation_split": 0.1},
+    "validate_every_n_epochs": {"validation_split": 0.1},
+    "max_validation_steps": {"validation_split": 0.1, "validate_every_n_steps": 1},
     "save_last_n_epochs": {"save_every_n_epochs": 1},
     "save_last_n_steps": {"save_every_n_steps": 100},
     "save_last_n_epochs_state": {"save_every_n_epochs": 1, "save_state": True},

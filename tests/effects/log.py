@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from .bench import Built, Effect
 
 LOGGED = ("--log_with", "tensorboard")
 PROMPTS, TWO = (str(Path(__file__).with_name(name)) for name in ("prompts.txt", "two_prompts.txt"))
+HELD_OUT = ("--validation_split", "0.5")
 AT_FIRST = ("--sample_prompts", PROMPTS, "--sample_at_first")
 
 
@@ -15,6 +18,20 @@ def previews(built: Built) -> list[str]:
     """Step and number of each."""
     folder = built.result.adapter.parent / "sample"
     return sorted(path.stem.removeprefix("test-step000000") for path in folder.glob("*"))
+
+
+def _logged(built: Built) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(built.result.log_folder)).Reload()
+    tag = "validation/loss"
+    return [(e.step, e.value) for e in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def measured(built: Built) -> list[int]:
+    return [step for step, _ in _logged(built)]
+
+
+def losses(built: Built) -> list[float]:
+    return [loss for _, loss in _logged(built)]
 
 
 EFFECTS = {
@@ -46,6 +63,19 @@ EFFECTS = {
         ["04-01"],
         ["00-01", "04-01"],
         ("--sample_prompts", PROMPTS, "--sample_every_n_steps", "4"),
+    ),
+    "validate_every_n_steps": Effect(
+        ("--validate_every_n_steps", "2"), measured, [], [2, 4], (*LOGGED, *HELD_OUT, "--validate_every_n_epochs", "9")
+    ),
+    "validate_every_n_epochs": Effect(
+        ("--validate_every_n_epochs", "1"),
+        measured,
+        [3],
+        [2, 3, 4],
+        (*LOGGED, *HELD_OUT, "--validate_every_n_steps", "3"),
+    ),
+    "max_validation_steps": Effect(
+        ("--max_validation_steps", "1"), losses, beside=(*LOGGED, *HELD_OUT, "--validate_every_n_steps", "4")
     ),
     "compare_prompts": Effect(
         ("--compare_prompts", "a cat --w 64 --s 2", "a dog"),

@@ -37,6 +37,11 @@ def weights(built: Built) -> list[float | None]:
     return [sample["loss_weight"].item() if "loss_weight" in sample else None for sample in built.samples()]
 
 
+def held_out(built: Built) -> list[str]:
+    return [picture.path.name for picture in built.pictures if picture.held_out]
+
+
+MEASURED = ("--validation_split", "0.25", "--validate_every_n_steps", "1")
 OTHERS = "[[datasets.subsets]]\nimage_dir = '{other_pictures}'\n"
 MASKED = "conditioning_data_dir = '{masks}'\n"
 REGULAR = f"{DATASET}{OTHERS}is_reg = true\n"
@@ -44,6 +49,8 @@ REGULAR = f"{DATASET}{OTHERS}is_reg = true\n"
 EFFECTS = {
     "skip_image_resolution": Effect(("--skip_image_resolution", "64"), lambda built: len(built.pictures), 4, 2),
     "resize_interpolation": Effect(("--resize_interpolation", "nearest"), pixels, beside=("--resolution", "48")),
+    "validation_split": Effect(("--validation_split", "0.5"), lambda built: len(held_out(built)), 1, 2, MEASURED),
+    "validation_seed": Effect(("--validation_seed", "3"), held_out, beside=MEASURED),
     "color_aug": Effect(("--color_aug",), lambda built: {p.color_aug for p in built.pictures}, {False}, {True}),
     "random_crop": Effect(("--random_crop",), lambda built: {p.random_crop for p in built.pictures}, {False}, {True}),
     "alpha_mask": Effect(("--alpha_mask",), masks, [None] * 4, [("pictures", True)] * 4),
