@@ -44,10 +44,13 @@ def check(argv: Sequence[str], prog: str) -> None:
     from .data import scan
 
     cache_dir = Path(config.train.loop.cache_dir) if config and config.train.loop.cache_dir else None
-    pictures = scan(datasets, cache_dir=cache_dir)
+    found = scan(datasets, cache_dir=cache_dir)
+    pictures = tuple(picture for picture in found if not picture.held_out)
+    if len(pictures) < len(found):
+        print(f"{len(found) - len(pictures)} pictures are held out for validation and left out below.")
     _print_pictures(pictures, config)
     _print_captions(pictures)
-    _print_likenesses(pictures)
+    _print_likenesses(found)  # a copy on the other side of the split would be measured as well known
     if arguments.save:
         _save_drawings(pictures, config, targets)
     if config and arguments.measure:

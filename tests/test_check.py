@@ -100,6 +100,13 @@ def test_with_train_args_steps_and_captions_are_those_of_the_run(check: Check) -
     assert "Captions are encoded before training and kept: 1 different captions of 12 pictures, those of 12 vary" in out
 
 
+def test_pictures_held_out_are_counted_apart(check: Check) -> None:
+    code, out, _ = check(train="validation_split = 0.25\nvalidate_every_n_steps = 5\n")
+    assert code == DONE
+    assert "3 pictures are held out for validation and left out below." in out
+    assert "9 different captions" in out or "all 9 pictures" in out
+
+
 def test_pictures_that_vary_are_not_counted_as_kept(check: Check) -> None:
     _, out, _ = check(subset="random_crop = true\nflip_aug = true\n", train="")
     assert "Latents to keep: 8, " in out  # the square ones, plain and mirrored
