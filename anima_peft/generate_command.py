@@ -27,7 +27,7 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:  # long by its flags, one statement each
     """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="anima-peft generate",

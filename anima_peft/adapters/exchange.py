@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def add_adapter(
         raise InputError(f"config must be a LoraConfig or LoKrConfig, not {type(config).__name__}.")
     plans = plan_training(config, ModuleTable(components))
     announce_full_matrices(config, plans)
-    _inject_beside(components, plans, adapter_name)
+    with _wholly_or_not_at_all(components, adapter_name):
+        _inject_beside(components, plans, adapter_name)
     if isinstance(config, LoraConfig):
         for model in components.values():
             for _, layer in adapter_layers_of(model, adapter_name):
@@ -160,14 +162,9 @@ def load_adapter(
     weights, label = parse_source(components, source, **where)
     weights = reserve_rank(components, weights, label)
     # From here on nothing can fail for what the file says: every key and shape has been checked.
-    active = active_adapters(components)
-    try:
+    with _wholly_or_not_at_all(components, adapter_name):
         _inject_beside(components, plan_file(weights), adapter_name)
         write_weights(components, weights, adapter_name)
-    except BaseException:  # out of memory, or interrupted
-        remove(components, [adapter_name])
-        activate(components, active)
-        raise
     for parameter in adapter_parameters(components, adapter_name):
         parameter.requires_grad_(False)
     return adapter_name
@@ -244,12 +241,19 @@ def _require_new(components: Components, adapter_name: str) -> None:
 
 
 def _inject_beside(components: Components, plans: Mapping[str, Plan], adapter_name: str) -> None:
-    """Put a new adapter on the model, to act beside those that act already; take it off again if that fails."""
+    """Put a new adapter on the model, to act beside those that act already."""
+    active = active_adapters(components)
+    inject(components, plans, adapter_name)
+    activate(components, [*active, adapter_name])
+
+
+@contextmanager
+def _wholly_or_not_at_all(components: Components, adapter_name: str) -> Iterator[None]:
+    """Take a new adapter off again if what puts it there fails, for want of memory or by an interrupt."""
     active = active_adapters(components)
     try:
-        inject(components, plans, adapter_name)
+        yield
     except BaseException:
         remove(components, [adapter_name])
         activate(components, active)
         raise
-    activate(components, [*active, adapter_name])

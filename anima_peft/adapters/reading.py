@@ -67,7 +67,9 @@ class AdapterFile:
     peft_config: Mapping[str, Any] | None = None
 
 
-def parse(file: AdapterFile, table: ModuleTable) -> dict[ModuleName, Factors]:
+def parse(  # long by its faults, which are all told together
+    file: AdapterFile, table: ModuleTable
+) -> dict[ModuleName, Factors]:
     """Understand every key of an adapter file.
 
     Accepted names: kohya (`lora_unet_blocks_0_…`, `lora_te_…`), LyCORIS (`lycoris_…`), native after

@@ -108,7 +108,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return make_parser(groups, foreign.TRAIN_OPTIONS, prog)
 
 
-def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
+def load(  # long by its checks, one call each
+    argv: Sequence[str], prog: str | None = None
+) -> RunConfig:
     """Read the configuration that a command line names; nothing is created and no other file is looked at.
 
     Command line beats train args TOML beats defaults; keys of the dataset TOML beat their fallbacks in both.

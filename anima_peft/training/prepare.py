@@ -59,6 +59,16 @@ def prepare_parts(
     sampler: BucketBatchSampler,
     total_steps: int,
 ) -> Parts:
+    """Build what the loop drives, prepared by accelerate.
+
+    Args:
+        parameters: the adapter's, all that may be trained.
+        samples: what is trained on; `sampler` decides the order.
+        total_steps: where the schedule ends.
+
+    Raises:
+        InputError: a pattern of rates matches nothing, nothing would be trained, or the schedule cannot be built.
+    """
     loop = options.loop
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in parameters}, "something besides the adapter would be trained"

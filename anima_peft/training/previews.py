@@ -57,6 +57,7 @@ class Previews:
         dtype: torch.dtype,
     ):
         self._accelerator, self._model, self._outputs, self._requests = accelerator, model, outputs, list(requests)
+        self._drawn: set[int] = set()
         self._at_first, self._every_steps, self._every_epochs = at_first, every_steps, every_epochs
         self._pipe = AnimaPipeline.around(model, sources, dtype)
         self._pipe.set_progress_bar_config(disable=True)
@@ -75,7 +76,9 @@ class Previews:
         return self._pipe.encode_text(text, self._accelerator.device, max_length).to("cpu")
 
     def before(self, step: int, average: AdapterAverage) -> None:
-        """Draw before the first step, if that is wanted and this is it."""
+        """Call once before the loop: draws before the first step, if that is wanted and this is it."""
+        if step:  # resumed: what it has drawn so far counts; an earlier run's pictures, which are overwritten, do not
+            self._drawn.update(drawn for drawn in self._on_disk() if drawn <= step)
         if self._at_first and step == 0:
             self.draw(step, average)
 
@@ -91,8 +94,8 @@ class Previews:
 
     def draw(self, step: int, average: AdapterAverage) -> None:
         """Draw all prompts now, into the folder and the log. Where memory does not suffice, one warning says so."""
-        if not self._accelerator.is_main_process or self._path(step, len(self._requests)).exists():
-            return  # drawn at this step already, as an epoch's end and a number of steps may coincide
+        if not self._accelerator.is_main_process or step in self._drawn:
+            return  # an epoch's end and a number of steps may coincide
         device = self._accelerator.device
         was_training = self._model.training
         devices = [device] if device.type == "cuda" else []
@@ -111,6 +114,7 @@ class Previews:
             for tracker in self._accelerator.trackers:
                 images = {f"preview {number}: {request.prompt}": np.asarray(picture)[None]}
                 tracker.log_images(images, step=step, dataformats="NHWC")
+        self._drawn.add(step)
 
     def _picture(self, number: int) -> Image.Image:
         request, device = self._requests[number], self._accelerator.device
@@ -140,7 +144,7 @@ class Previews:
         """At the end: one picture with a row for each prompt and a column for each time; None if there was only one."""
         if not self._accelerator.is_main_process:
             return None
-        steps = self._steps()
+        steps = sorted(self._drawn)
         if len(steps) < 2:
             return None
         if len(steps) > _MOST_COLUMNS:  # evenly, with the first and the last
@@ -153,8 +157,8 @@ class Previews:
         save_picture(grid, self._outputs.strip)
         return self._outputs.strip
 
-    def _steps(self) -> list[int]:
-        """The steps at which every prompt has been drawn, in this run or before it was resumed."""
+    def _on_disk(self) -> list[int]:
+        """The steps of which there is a picture of every prompt."""
         last = self._path(0, len(self._requests)).name
         pattern = re.compile(re.escape(last).replace("0" * 8, r"(\d{8})", 1))
         found = [pattern.fullmatch(path.name) for path in self._outputs.previews()]

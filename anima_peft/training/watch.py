@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run_watched(
+def run_watched(  # long by its arguments and by what can come in between
     accelerator: Accelerator,
     options: TrainOptions,
     parts: Parts,

@@ -112,3 +112,29 @@ def test_epochs_and_a_resumed_run_share_one_strip(configure: Configure, prompts:
     assert first.previews is None
     assert again.previews is not None
     assert len(list((again.adapter.parent / "sample").iterdir())) == 4
+
+
+def test_an_overwritten_run_draws_anew(configure: Configure, prompts: Path) -> None:
+    """Pictures of the run before are neither taken for its own nor put into its strip."""
+    times = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "1"]
+    first = train(configure("--max_train_steps", "3", *times))
+    picture = first.adapter.parent / "sample" / "test-step00000001-01.png"
+    before = picture.read_bytes()
+    again = train(configure("--max_train_steps", "1", *times, "--overwrite", "--learning_rate", "0.5"))
+    assert picture.read_bytes() != before
+    assert again.previews is None  # one time, whatever lies beside it
+
+
+def test_a_file_in_the_runs_folder_asks_for_previews(
+    configure: Configure, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(self: previews.Previews, step: int, average: Any) -> None:
+        if step == 2:
+            self._outputs.folder.mkdir(exist_ok=True)
+            (self._outputs.folder / "test-preview.txt").touch()
+
+    monkeypatch.setattr(previews.Previews, "after_step", ask)
+    result = train(configure("--max_train_steps", "3", "--sample_prompts", str(prompts), "--sample_every_n_steps", "9"))
+    drawn = sorted(path.name for path in (result.adapter.parent / "sample").iterdir())
+    assert drawn == ["test-step00000002-01.png", "test-step00000002-02.png"]
+    assert not (result.adapter.parent / "test-preview.txt").exists()
