@@ -18,7 +18,7 @@ _CACHES = "remove it; caches follow the content of pictures and captions"
 _NOISE = "use noise_offset or ip_noise_gamma"
 _LOSS = "remove it; loss_type and weighting_scheme shape the loss"
 _OTHER_MODELS = "remove it; it is for other models"
-_COMPILE = "remove it; the model is not compiled"
+_COMPILE = "remove it; torch_compile compiles each block, for any size from the second bucket on"
 _DEEPSPEED = "remove it; accelerate's own launcher sets up several processes, without DeepSpeed"
 _HUB = "remove it and upload the file with `hf upload`"
 _MEMORY = "use gradient_checkpointing"
@@ -61,8 +61,7 @@ _TRAIN_GROUPS = (
     ("full_fp16 full_bf16 fp8_base fp8_base_unet fp8_scaled no_half_vae", _COMPUTE),
     ("blocks_to_swap cpu_offload_checkpointing unsloth_offload_checkpointing", _MEMORY),
     ("split_attn sdpa mem_eff_attn", _ATTENTION),
-    ("torch_compile dynamo_backend compile compile_backend compile_mode compile_dynamic", _COMPILE),
-    ("compile_fullgraph compile_cache_size_limit", _COMPILE),
+    ("compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit", _COMPILE),
     ("cuda_allow_tf32 cuda_cudnn_benchmark", "remove it; PyTorch's defaults are used"),
     ("text_encoder_batch_size", "remove it; captions are encoded in small batches, once"),
     (
@@ -106,13 +105,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "sample_sampler": ("ddim", "euler"),
     "save_model_as": ("safetensors",),
     "use_safetensors": (True,),
-    "dynamo_backend": ("inductor",),
     "anima_monitor_memory": (True,),
     "anima_monitor_memory_warn_ratio": (0.95,),
     "anima_monitor_alert_policy": ("warn",),
     "anima_monitor_loss_spike_ratio": (3.0,),
     "sdpa": (True,),
-    "compile_backend": ("inductor",),
     "compile_mode": ("default",),
     "compile_dynamic": ("auto", "false"),
     "zero_stage": (2,),

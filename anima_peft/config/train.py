@@ -67,6 +67,18 @@ class LoopOptions:
         ),
         help="Attention kernels of the transformer; what cannot be had is an error. Unset, torch, or see xformers.",
     )
+    torch_compile: bool = option(
+        False,
+        aliases=("compile",),
+        help="Compile the transformer's blocks: less time a step, after a minute or more at the first ones.",
+    )
+    dynamo_backend: str = option(
+        "inductor",
+        aliases=("compile_backend",),
+        choices=("inductor", "aot_eager", "eager"),
+        only_with=(Needs("torch_compile", values=(True,)),),
+        help="What compiles them; inductor is the one that makes them faster, the others are for finding faults.",
+    )
     max_data_loader_n_workers: int = option(0, minimum=0, help="Processes that load data; 0 loads in the main one.")
     persistent_data_loader_workers: bool = option(
         False,
@@ -92,6 +104,11 @@ class LoopOptions:
     cache_dir: str | None = option(
         None, is_path=True, help="Folder of the caches; unset, .anima_cache in each picture folder."
     )
+
+    @property
+    def compiler(self) -> str | None:
+        """What compiles the transformer's blocks; None if nothing does."""
+        return self.dynamo_backend if self.torch_compile else None
 
 
 @dataclass(frozen=True, kw_only=True)

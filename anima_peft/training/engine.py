@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType, DynamoBackend, ProjectConfiguration
 
 from ..errors import InputError
 
@@ -35,7 +35,7 @@ def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
     """Accelerate's engine for this run.
 
     Raises:
-        InputError: float16 without a graphics card, or several processes.
+        InputError: float16 without a graphics card, several processes, or accelerate's own compiling.
     """
     precision = options.loop.mixed_precision
     accelerator = Accelerator(
@@ -45,6 +45,7 @@ def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
         step_scheduler_with_optimizer=False,
         log_with=None if options.log.log_with == "none" else options.log.log_with,
         project_config=ProjectConfiguration(logging_dir=str(log_root)),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),  # out of pinned memory, while the card computes
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError(
@@ -56,5 +57,10 @@ def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
             f"accelerate was set up for {accelerator.distributed_type.value} with {accelerator.num_processes} "
             "process(es), but this version trains in one, without such an engine; "
             "start it with `accelerate launch --num_processes 1 …`, or run `accelerate config` anew."
+        )
+    if accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO:
+        raise InputError(
+            "accelerate was set up to compile the whole model; leave that out (`--dynamo_backend no`, or run "
+            "`accelerate config` anew) and set torch_compile = true, which compiles its blocks."
         )
     return accelerator

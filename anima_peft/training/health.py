@@ -8,6 +8,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ..errors import TrainingError
 from .state import Progress
 
@@ -35,14 +37,14 @@ class Health:
         self._norms: deque[float] = deque(maxlen=_REMEMBERED)
 
     def may_step(
-        self, step: int, losses: Sequence[float], sigmas: Sequence[Sequence[float]], norm: float, *, scaled: bool
+        self, step: int, losses: Sequence[float], sigmas: Sequence[torch.Tensor], norm: float, *, scaled: bool
     ) -> bool:
         """Whether the optimizer may take a step with these gradients; one that it may not take is counted.
 
         Args:
             step: its number, from 1.
             losses: of the batches that make it up.
-            sigmas: of each of them, its samples'.
+            sigmas: of each of them, its samples' (B,). They stay on the device unless there is something to tell.
             norm: of the gradient.
             scaled: whether a gradient scaler looks after gradients that are not finite, as float16 needs it.
 
@@ -68,7 +70,7 @@ class Health:
             '"bf16" (or "no") instead of "fp16"; skip_nonfinite_steps leaves out single steps.'
         )
 
-    def _look_for_spike(self, step: int, norm: float, sigmas: Sequence[Sequence[float]]) -> None:
+    def _look_for_spike(self, step: int, norm: float, sigmas: Sequence[torch.Tensor]) -> None:
         if len(self._norms) >= _FEWEST and self._reports < _MOST_REPORTS:
             usual = statistics.median(self._norms)
             if norm > _SPIKE * usual > 0:
@@ -81,10 +83,12 @@ class Health:
         if math.isfinite(norm):
             self._norms.append(norm)
 
-    def _samples(self, sigmas: Sequence[tuple[int, Sequence[float]]], batches: int) -> str:
+    def _samples(self, sigmas: Sequence[tuple[int, torch.Tensor]], batches: int) -> str:
         """Pictures and noise levels of those batches of a step."""
         names = self._pictures(batches)
         samples = [
-            f"{name} (sigma {sigma:.3f})" for i, values in sigmas for name, sigma in zip(names[i], values, strict=True)
+            f"{name} (sigma {sigma:.3f})"
+            for i, values in sigmas
+            for name, sigma in zip(names[i], values.tolist(), strict=True)
         ]
         return ", ".join(samples[:_SHOWN_PICTURES]) + (" …" if len(samples) > _SHOWN_PICTURES else "")

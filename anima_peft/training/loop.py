@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def run_loop(
                 with accelerator.accumulate(parts.model):
                     loss = batch_loss(parts.model, parts.complete(batch), parts.loss)
                     accelerator.backward(loss)
-                    meter.add(loss.item(), batch["sigma"].tolist())
+                    meter.add(loss.detach(), batch["sigma"])
                     if accelerator.sync_gradients:
                         values = _take_step(accelerator, parts, progress, meter, health, max_grad_norm)
                     parts.optimizer.zero_grad(set_to_none=True)
@@ -125,8 +125,13 @@ def run_loop(
 def _take_step(
     accelerator: Accelerator, parts: Parts, progress: Progress, meter: _Meter, health: Health, max_grad_norm: float
 ) -> dict[str, float]:
-    """One optimizer step with the gathered gradients, unless they are not finite; gives what to log of it."""
-    norm = float(accelerator.clip_grad_norm_(parts.parameters, max_grad_norm or math.inf))
+    """One optimizer step with the gathered gradients, unless they are not finite; gives what to log of it.
+
+    Everything up to the clipping is queued on the device, whatever number of batches it is; then the host waits for it,
+    once in a step. It has to: whether a step is taken at all must be known before weights, optimizer state, averages
+    and schedule change, and optimizers that could leave out a step on the device by themselves are few.
+    """
+    norm = meter.read(accelerator.clip_grad_norm_(parts.parameters, max_grad_norm or math.inf))
     scaled = accelerator.scaler is not None
     may_step = health.may_step(progress.step + 1, meter.losses, meter.sigmas, norm, scaled=scaled)
     progress.whole = False
@@ -183,10 +188,11 @@ class _Meter:
 
     def __init__(self, accelerator: Accelerator, parts: Parts, progress: Progress, total_steps: int):
         self._accelerator, self._parts, self._progress = accelerator, parts, progress
+        self._on_device: list[torch.Tensor] = []
         self._losses: list[float] = []
         self._recent = progress.recent_losses
-        self._sigmas: list[Sequence[float]] = []
-        self._resident = 0
+        self._sigmas: list[torch.Tensor] = []
+        self._process, self._resident = psutil.Process(), 0
         self._clock = time.perf_counter()
         self.bar = tqdm(
             total=total_steps,
@@ -198,18 +204,24 @@ class _Meter:
 
     @property
     def losses(self) -> list[float]:
-        """Of the batches since the last step."""
+        """Of the batches of this step, once they are read."""
         return self._losses
 
     @property
-    def sigmas(self) -> list[Sequence[float]]:
-        """Of the samples of each of them."""
+    def sigmas(self) -> list[torch.Tensor]:
+        """Of the samples of each of them, (B,)."""
         return self._sigmas
 
-    def add(self, loss: float, sigmas: Sequence[float]) -> None:
-        """Count one batch."""
-        self._losses.append(loss)
+    def add(self, loss: torch.Tensor, sigmas: torch.Tensor) -> None:
+        """Count one batch; nothing is read off the device."""
+        self._on_device.append(loss)
         self._sigmas.append(sigmas)
+
+    def read(self, norm: torch.Tensor) -> float:
+        """Wait for the losses of the batches since the last step and the gradient's norm; gives the norm."""
+        numbers = torch.stack([*self._on_device, norm.to(self._on_device[0])]).tolist()
+        self._on_device, self._losses = [], numbers[:-1]
+        return numbers[-1]
 
     def step(self, further: Mapping[str, float]) -> None:
         """Report one optimizer step: the mean over its accumulated batches, and `further` values, `lr` among them."""
@@ -225,7 +237,7 @@ class _Meter:
             "peak_memory_gib": self._peak_memory() / _GIB,
         }
         self._accelerator.log(values, step=self._progress.step)
-        self._losses, self._sigmas, self._clock = [], [], now
+        self._sigmas, self._clock = [], now
         mean = sum(self._recent) / max(len(self._recent), 1)
         self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{further['lr']:.2e}", refresh=False)
         self.bar.update()
@@ -234,5 +246,5 @@ class _Meter:
         """Bytes: the graphics card's, or, without one, the process's as far as it was seen at steps."""
         if self._accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        self._resident = max(self._resident, psutil.Process().memory_info().rss)
+        self._resident = max(self._resident, self._process.memory_info().rss)
         return self._resident

@@ -19,6 +19,7 @@ from ..models.precision import enable_fp32_residual
 from ..transformer import AnimaTransformerModel
 from .attention import set_attention
 from .averages import AdapterAverage
+from .compiling import compile_blocks
 from .flow import NoiseSampler, SigmaSampler
 from .groups import Rates, group_parameters
 from .loop import Parts
@@ -48,6 +49,8 @@ def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerat
     model.transformer.to(accelerator.device)
     if options.trains_conditioner:  # frozen, it has done its work
         model.text_conditioner.to(accelerator.device)
+    if options.loop.compiler is not None:
+        compile_blocks(model, options.loop.compiler)  # last: all that is on the blocks becomes part of their graphs
 
 
 def prepare_parts(

@@ -19,6 +19,7 @@ from ..models.text import TextInputs, condition_text
 from ..pipeline import AnimaPipeline
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
+from .compiling import uncompiled
 from .outputs import Outputs
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class Previews:
         was_training = self._model.training
         devices = [device] if device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad(), average.in_place():
+            with torch.random.fork_rng(devices=devices), torch.no_grad(), average.in_place(), uncompiled():
                 self._model.eval()
                 pictures = [self._picture(number) for number in range(len(self._requests))]
         except torch.OutOfMemoryError as error:

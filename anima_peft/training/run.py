@@ -31,6 +31,7 @@ from ..transformer import AnimaTransformerModel
 from .attention import require_attention
 from .averages import AdapterAverage
 from .comparison import draw_comparison
+from .compiling import require_compiler, uncompiled
 from .encoding import ModelHashes, TextModels, hash_model
 from .engine import engine
 from .metadata import RunFacts, training_metadata
@@ -226,9 +227,10 @@ def _require_device(options: TrainOptions, device: torch.device, dtype: torch.dt
     """Refuse what the options ask for and this machine has not.
 
     Raises:
-        InputError: attention kernels or an optimizer that need another device or a package.
+        InputError: attention kernels, a compiler or an optimizer that need another device or a package.
     """
     require_attention(options.loop.attn_mode, device, dtype)
+    require_compiler(options.loop.compiler, device)
     name = options.optimizer.optimizer_type
     if needs_card(name) and device.type == "cpu":
         raise InputError(f'optimizer_type: {name} needs a graphics card, and none is in use; "AdamW" runs everywhere.')
@@ -351,7 +353,8 @@ def _compare(
     model.eval()
     requests = _requests(lines, options.loop.seed)
     try:
-        grid = draw_comparison(model, sources, outputs, requests, dtype=dtype, device=accelerator.device)
+        with uncompiled():
+            grid = draw_comparison(model, sources, outputs, requests, dtype=dtype, device=accelerator.device)
     except torch.OutOfMemoryError as error:
         logger.warning("The adapter is saved; there was no memory to draw compare_prompts (%s).", error)
         return None

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from ..data.dataset import CachedDataset, SampleKey, collate
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
+from .compiling import uncompiled
 from .loop import batch_loss
 from .losses import FlowLoss
 
@@ -65,7 +66,7 @@ class Validation:
         device = self._accelerator.device
         was_training = self._model.training
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), average.in_place():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), average.in_place(), uncompiled():
             self._model.eval()
             losses = torch.stack([torch.stack(list(self._losses(index))) for index in range(self._count)])
         self._model.train(was_training)

@@ -95,6 +95,8 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "seed": (2**32 - 1, ["4294967295"], 2**32 - 1),
     "xformers": (True, [], True),
     "attn_mode": ("sdpa", ["sdpa"], "torch"),
+    "torch_compile": (True, [], True),
+    "dynamo_backend": ("aot_eager", ["aot_eager"], "aot_eager"),
     "max_data_loader_n_workers": (2, ["2"], 2),
     "persistent_data_loader_workers": (True, [], True),
     "vae_batch_size": (4, ["4"], 4),
@@ -180,6 +182,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_scheduler_power": {"lr_scheduler": "polynomial"},
     "persistent_data_loader_workers": {"max_data_loader_n_workers": 1},
+    "dynamo_backend": {"torch_compile": True},
     "sample_prompts": {"sample_at_first": True},
     **{f"sample_{time}": {"sample_prompts": PROMPTS} for time in ("every_n_steps", "every_n_epochs", "at_first")},
     "validate_every_n_steps": {"validation_split": 0.1},
@@ -388,6 +391,7 @@ def test_alpha_zero_stands_for_the_dim(load_with) -> None:
         ("anima_noise_offset", "noise_offset", 0.1, 0.1),
         ("anima_attention_backend", "attn_mode", "torch", "torch"),
         ("transformer_lr", "unet_lr", 1e-5, 1e-5),
+        ("compile_backend", "dynamo_backend", "inductor", "inductor"),
     ],
 )
 def test_aliases(load_with, alias: str, name: str, written: Any, kept: Any) -> None:

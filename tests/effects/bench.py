@@ -26,8 +26,8 @@ from anima_peft.errors import InputError
 from anima_peft.generation import Request
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.models.sources import ModelSources
+from anima_peft.training import prepare, samples, watch
 from anima_peft.training import run as training
-from anima_peft.training import samples, watch
 from anima_peft.transformer import AnimaTransformerModel
 
 DIFFERS = object()
@@ -98,6 +98,7 @@ class Recorded:
     captions: Mapping[str, Any] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    compiler: str = ""
 
 
 @dataclass
@@ -237,15 +238,24 @@ def _stand_ins(seen: Recorded, folder: Path) -> dict[str, Callable[..., Any]]:
         seen.captions = {"max_length": models.max_length}
         return real["cache_captions"](captions, models, **options)
 
+    def require_compiler(backend: str | None, device: Any) -> None:
+        """No machine needs one for these tests."""
+
+    def compile_blocks(model: Any, backend: str) -> None:
+        seen.compiler = backend
+        real["compile_blocks"](model, backend)
+
     stand_ins = (run_loop, draw_comparison, resolve_sources, hash_model, cache_latents, cache_captions)
+    stand_ins = (*stand_ins, require_compiler, compile_blocks)
     real = {function.__name__: getattr(_rooms()[function.__name__], function.__name__) for function in stand_ins}
     return {function.__name__: function for function in stand_ins}
 
 
 def _rooms() -> dict[str, Any]:
     """The module in which each stand-in takes the place of the real function."""
-    names = ("draw_comparison", "resolve_sources", "hash_model")
-    return {**dict.fromkeys(names, training), "run_loop": watch, "cache_latents": samples, "cache_captions": samples}
+    rooms = dict.fromkeys(("draw_comparison", "resolve_sources", "hash_model", "require_compiler"), training)
+    rooms |= dict.fromkeys(("cache_latents", "cache_captions"), samples)
+    return {**rooms, "run_loop": watch, "compile_blocks": prepare}
 
 
 class Bench:

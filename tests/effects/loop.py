@@ -13,6 +13,10 @@ def total_steps(built: Built) -> int:
     return built.seen.loop["total_steps"]
 
 
+def compiled_blocks(built: Built) -> int:
+    return sum(block._compiled_call_impl is not None for block in built.model.transformer.transformer_blocks)
+
+
 EFFECTS = {
     "max_train_steps": Effect(("--max_train_steps", "6"), total_steps, 1600, 6, without=("max_train_steps",)),
     "max_train_epochs": Effect(
@@ -44,6 +48,10 @@ EFFECTS = {
     "max_grad_norm": Effect(("--max_grad_norm", "0.5"), lambda built: built.seen.loop["max_grad_norm"], 1.0, 0.5),
     "skip_nonfinite_steps": Effect(
         ("--skip_nonfinite_steps", "3"), lambda built: built.seen.loop["health"].skip_limit, 0, 3
+    ),
+    "torch_compile": Effect(("--torch_compile",), compiled_blocks, 0, 2),
+    "dynamo_backend": Effect(
+        ("--dynamo_backend", "eager"), lambda built: built.seen.compiler, "inductor", "eager", ("--torch_compile",)
     ),
     "max_data_loader_n_workers": Effect(
         ("--max_data_loader_n_workers", "1"), lambda built: built.seen.parts.loader.num_workers, 0, 1

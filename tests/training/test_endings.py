@@ -326,7 +326,7 @@ def test_spikes_are_reported_a_few_times(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING):
         for step in range(1, 100):
             norm = 30.0 if step > 50 and step % 5 == 0 else 1.0
-            assert health.may_step(step, [1.0], [[0.5]], norm, scaled=False)
+            assert health.may_step(step, [1.0], [torch.tensor([0.5])], norm, scaled=False)
     assert len(caplog.messages) == 5
     assert caplog.messages[0].startswith("step 55: the gradient's norm is 30, usual is 1; a.png (sigma 0.500)")
     assert "further ones are not reported" in caplog.messages[-1]
