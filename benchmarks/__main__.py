@@ -14,6 +14,7 @@ from .reporting import Row, print_tables, write_json
 
 BENCHMARKS = {
     "lokr": "one linear layer with LoRA, our LoKr, PEFT's and LyCORIS'",
+    "growth": "start, memory and steps of a run by the number of its pictures",
 }
 ALL = "all"
 SIZES = ("miniature", "full")

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import tempfile
 import time
@@ -27,6 +28,7 @@ from ..files import save_tensors, unfinished_name, write_atomically
 
 CACHE_FOLDER_NAME = ".anima_cache"
 INDEX_NAME = "index.json"
+MODEL_INDEX_NAME = "models.json"
 _INDEX_VERSION = 1
 Stamp = tuple[int, int]
 """(bytes, time of the last change in ns) of a file."""
@@ -81,11 +83,18 @@ class TensorCache:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
-        self._root = folder / kind
+        self._root = os.path.join(folder, kind)
+
+    def file(self, key: str) -> str:
+        """The path of the entry `key`, whether it exists or not.
+
+        A text, and no `Path`: a run may have hundreds of thousands of them, which take a third of the memory.
+        """
+        return os.path.join(self._root, key[:2], f"{key}.safetensors")
 
     def path(self, key: str) -> Path:
-        """The file of the entry `key`, whether it exists or not."""
-        return self._root / key[:2] / f"{key}.safetensors"
+        """The same as a `Path`."""
+        return Path(self.file(key))
 
     def contains(self, key: str) -> bool:
         """Whether the entry is there and whole; a damaged one counts as missing, to be written anew.
@@ -93,7 +102,7 @@ class TensorCache:
         Reads the header only: it tells the length that the file must have.
         """
         try:
-            with safe_open(str(self.path(key)), framework="pt"):
+            with safe_open(self.file(key), framework="pt"):
                 return True
         except (OSError, SafetensorError):
             return False
@@ -104,7 +113,7 @@ class TensorCache:
         Raises:
             InputError: the entry is missing or damaged.
         """
-        return read_entry(self.path(key))
+        return read_entry(self.file(key))
 
     def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> Path:
         """Store an entry, whole or not at all, and return its file.
@@ -122,7 +131,7 @@ class TensorCache:
         return path
 
 
-def read_entry(path: Path) -> dict[str, torch.Tensor]:
+def read_entry(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of one cache file, on the CPU.
 
     Raises:
@@ -130,7 +139,8 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         # Not mapped into memory: on Windows a mapped file can be neither replaced nor deleted.
-        return load(path.read_bytes())
+        with open(path, "rb") as file:
+            return load(file.read())
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: this cache entry is missing or damaged ({error}); start anew to renew it") from error
 
@@ -155,7 +165,7 @@ def read_unchanged(path: Path, sha256: str) -> bytes:
     return data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileFacts:
     """What is remembered of a file while its size and time of change stay the same."""
 
@@ -170,12 +180,17 @@ class FileIndex:
 
     Only an accelerator: a missing, damaged or foreign index means that files are read again. Paths below the folder
     that holds the cache folder are kept relative to it, so that a dataset moves together with its cache.
+
+    Args:
+        folder: the cache folder.
+        name: of the JSON file; what is asked about few files should not have to read an index of many.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = INDEX_NAME) -> None:
         self.folder = folder
-        self._base = folder.absolute().parent
-        self._entries = _load_index(folder / INDEX_NAME)
+        self._name = name
+        self._base = os.path.join(folder.absolute().parent, "")
+        self._entries = _load_index(folder / name)
         self._changed = False
 
     def known(self, path: Path) -> FileFacts | None:
@@ -219,14 +234,13 @@ class FileIndex:
         }
         text = json.dumps({"version": _INDEX_VERSION, "files": files}, indent=0)
         try:
-            write_atomically(self.folder / INDEX_NAME, lambda temporary: _write_text(temporary, text))
+            write_atomically(self.folder / self._name, lambda temporary: _write_text(temporary, text))
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
         self._changed = False
 
     def _key(self, path: Path) -> str:
-        path = path.absolute()
-        return path.relative_to(self._base).as_posix() if path.is_relative_to(self._base) else path.as_posix()
+        return str(path.absolute()).removeprefix(self._base).replace(os.sep, "/")
 
 
 def file_stamp(path: Path) -> Stamp:
