@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 
 def _process(folder: Path, *words: str) -> str:
     command = [sys.executable, "-m", "benchmarks.growing", str(folder), *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     return done.stdout

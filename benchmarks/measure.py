@@ -25,8 +25,8 @@ def machine(device: torch.device) -> str:
 class PeakMemory:
     """Most memory in use between the start and the end of `with`.
 
-    On a CUDA device what torch has allocated there; on a CPU the process's resident memory, looked at every
-    millisecond.
+    On a CUDA device what torch has allocated there; on a CPU the process's resident memory, looked at a
+    hundred times a second.
 
     Attributes:
         before: bytes in use at the start.
@@ -62,7 +62,7 @@ class PeakMemory:
             self._look()
 
     def _watch(self) -> None:
-        while not self._done.wait(1e-3):
+        while not self._done.wait(1e-2):
             self._look()
 
     def _look(self) -> None:

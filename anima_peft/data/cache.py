@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ..errors import InputError
@@ -33,6 +33,9 @@ _INDEX_VERSION = 1
 Stamp = tuple[int, int]
 """(bytes, time of the last change in ns) of a file."""
 _ABANDONED_AFTER = 24 * 60 * 60.0  # seconds; an entry is written within one
+_LENGTH = 8  # bytes that say how long the header of a safetensors file is
+_USUAL_HEADER = 1024
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 logger = logging.getLogger(__name__)
@@ -74,8 +77,7 @@ def cache_key(**parts: Any) -> str:
     Raises:
         TypeError, ValueError: a part is not made of JSON's types, or is a NaN or an infinity.
     """
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(parts).encode("ascii")).hexdigest()
 
 
 class TensorCache:
@@ -101,10 +103,18 @@ class TensorCache:
 
         Reads the header only: it tells the length that the file must have.
         """
+        # Not by safetensors, which maps the file into memory: that takes twice as long, 200,000 times.
         try:
-            with safe_open(self.file(key), framework="pt"):
-                return True
-        except (OSError, SafetensorError):
+            with open(self.file(key), "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                start = file.read(_USUAL_HEADER)
+                end = _LENGTH + int.from_bytes(start[:_LENGTH], "little")
+                if end > size:
+                    return False
+                header = json.loads((start + file.read(max(end - len(start), 0)))[_LENGTH:end])
+            ends = (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+            return end + max(ends) == size
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
     def read(self, key: str) -> dict[str, torch.Tensor]:

@@ -170,9 +170,9 @@ def tag_frequency(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
     """sd-scripts' `ss_tag_frequency`: folder name -> tag -> how often, for captions separated by commas."""
     frequency: dict[str, Counter[str]] = {}
     for picture in pictures:
-        tags = (tag.strip() for line in picture.caption.split("\n") for tag in line.split(","))
-        frequency.setdefault(picture.path.parent.name, Counter()).update(tag for tag in tags if tag)
-    return {folder: dict(counter) for folder, counter in frequency.items()}
+        tags = picture.caption.replace("\n", ",").split(",")
+        frequency.setdefault(picture.path.parent.name, Counter()).update(map(str.strip, tags))
+    return {folder: {tag: n for tag, n in counter.items() if tag} for folder, counter in frequency.items()}
 
 
 def bucket_info(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, object]]]:

@@ -52,6 +52,7 @@ def other_settings(options: TrainOptions) -> dict[str, Any]:
 
 def _fingerprint(pictures: Sequence[Picture]) -> str:
     """Of all that is known of each picture but places: folders may move. The sha256 of a JSON list, made in parts."""
+    encoder = json.JSONEncoder(sort_keys=True, default=str)
     digest = hashlib.sha256(b"[")
     for number, picture in enumerate(pictures):
         known = {name: getattr(picture, name) for name in _NAMES}
@@ -62,7 +63,7 @@ def _fingerprint(pictures: Sequence[Picture]) -> str:
             "mask": _without_place(picture.mask),
         }
         digest.update(b", " if number else b"")
-        digest.update(json.dumps(known, sort_keys=True, default=str).encode("utf-8"))
+        digest.update(encoder.encode(known).encode("utf-8"))
     digest.update(b"]")
     return digest.hexdigest()
 
