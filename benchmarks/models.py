@@ -52,7 +52,7 @@ def transformer_model(
 def vae(size: str, device: torch.device, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     """The VAE, frozen, with random weights."""
     if size == "miniature":
-        return build_vae().to(device, dtype)
+        return torch.nn.Module.to(build_vae(), device, dtype)
     return fill(build_empty(AutoencoderKLQwenImage), device, dtype)
 
 

@@ -36,7 +36,9 @@ TEXT_FORMAT = 1
 MASK_FORMAT = 1
 VAE_FACTOR = 8
 _VARIANT = 0  # part of the keys of text since a caption had one encoding only
-_DECODED_AHEAD = 2  # batches
+_THREADS = min(8, os.cpu_count() or 1)
+# Pictures, and at least two batches: a graphics card encodes several while one thread decodes one.
+_DECODED_AHEAD = 2 * _THREADS
 
 LatentEncoder = Callable[[torch.Tensor], torch.Tensor]
 """Pixels (B, 3, H, W) float32 in [-1, 1], on the CPU -> normalised latents (B, C, H/8, W/8)."""
@@ -122,15 +124,32 @@ class _Plan(Generic[File, Source]):
         name: Callable[[Source], str],
         bar: tqdm,
     ) -> None:
-        """Write entries as they are made, batch by batch."""
-        with bar:
-            for batch, entries in made:
-                for item, tensors in zip(batch, entries, strict=True):
-                    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                        raise InputError(f"{name(item.source)}: encoding gives infinities or NaNs; try a wider dtype")
-                    item.cache.write(item.key, tensors)
-                del self._missing[: len(batch)]
-                bar.update(len(batch))
+        """Write entries as they are made, batch by batch; threads write some while the next are made."""
+        writing: deque[tuple[_Missing[Source], Future[Path]]] = deque()
+
+        def finish(most: int = 0) -> None:
+            while len(writing) > most:
+                item, future = writing.popleft()
+                future.result()
+                self._missing.remove(item)
+                bar.update()
+
+        with bar, ThreadPoolExecutor(max_workers=_THREADS) as pool:
+            try:
+                for batch, entries in made:
+                    ready = [{key: tensor.cpu() for key, tensor in tensors.items()} for tensors in entries]
+                    for item, tensors in zip(batch, ready, strict=True):
+                        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                            raise InputError(
+                                f"{name(item.source)}: encoding gives infinities or NaNs; try a wider dtype"
+                            )
+                    finish(_THREADS)
+                    writing += [
+                        (item, pool.submit(item.cache.write, item.key, tensors))
+                        for item, tensors in zip(batch, ready, strict=True)
+                    ]
+            finally:
+                finish()
 
 
 class LatentsPlan(_Plan[LatentFiles | None, _Latent]):
@@ -156,7 +175,7 @@ class LatentsPlan(_Plan[LatentFiles | None, _Latent]):
         self._missing.sort(key=lambda item: item.source.bucket)
         batches = self._batches(batch_size, lambda source: source.bucket)
         # Threads, and not processes: decoding and resizing leave Python's lock, and nothing has to be pickled.
-        pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        pool = ThreadPoolExecutor(max_workers=_THREADS)
         try:
             self._fill(
                 ((batch, latents_of(torch.stack(rows))) for batch, rows in _decoded_ahead(batches, pool)),
@@ -174,7 +193,7 @@ def _decoded_ahead(
     queue: deque[tuple[list[_Missing[_Latent]], list[Future[torch.Tensor]]]] = deque()
     for batch in batches:
         queue.append((batch, [pool.submit(load_pixels, item.source.picture, item.source.flip) for item in batch]))
-        if len(queue) > _DECODED_AHEAD:
+        if len(queue) > max(2, _DECODED_AHEAD // len(batch)):
             ready, futures = queue.popleft()
             yield ready, [future.result() for future in futures]
     for ready, futures in queue:
