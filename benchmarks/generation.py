@@ -85,7 +85,7 @@ def _exchange(
     device = arguments.device
     counter = CompileCounterWithBackend(arguments.compile or ("inductor" if device.type == "cuda" else "eager"))
     torch._dynamo.reset()
-    model.transformer.compile_repeated_blocks(backend=counter)
+    model.compile_repeated_blocks(backend=counter)
 
     def timed(action: Callable[[], object]) -> float:
         synchronize(device)
