@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,15 +37,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays: some writers choose their format by it.
     stem = path.stem.encode("utf-8")[:_LONGEST_STEM].decode("utf-8", errors="ignore")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{stem}-", suffix=f".tmp{path.suffix}")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{stem}-{secrets.token_hex(4)}.tmp{path.suffix}"
+    # With the mode of any new file, which mkstemp does not give: what a mode would have to be afterwards cannot be
+    # asked for without changing it for all threads.
+    temporary.touch(exist_ok=False)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        with contextlib.suppress(PermissionError):  # exFAT and some network drives have no modes to set
-            temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         flush_folder(path.parent)
     except OSError as error:
@@ -122,10 +121,3 @@ def require_writable(option: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{option}: {folder} cannot be written to ({error}); choose another folder.") from error
-
-
-def _umask() -> int:
-    """The process's file mode mask (mkstemp makes files that only their owner may read)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

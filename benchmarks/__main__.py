@@ -15,6 +15,10 @@ from .reporting import Row, print_tables, write_json
 BENCHMARKS = {
     "lokr": "one linear layer with LoRA, our LoKr, PEFT's and LyCORIS'",
     "step": "a whole training step beside PEFT and LyCORIS, and its parts",
+    "caching": "pictures and captions into the cache, against the encoders alone",
+    "loading": "the model and an adapter from their files, against diffusers",
+    "generation": "a sampler step with an adapter, beside the base, fused, and exchanged",
+    "growth": "start, memory and steps of a run by the number of its pictures",
 }
 ALL = "all"
 SIZES = ("miniature", "full")

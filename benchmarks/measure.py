@@ -25,8 +25,8 @@ def machine(device: torch.device) -> str:
 class PeakMemory:
     """Most memory in use between the start and the end of `with`.
 
-    On a CUDA device what torch has allocated there; on a CPU the process's resident memory, looked at every
-    millisecond.
+    On a CUDA device what torch has allocated there; on a CPU the process's resident memory, looked at a
+    hundred times a second.
 
     Attributes:
         before: bytes in use at the start.
@@ -62,7 +62,7 @@ class PeakMemory:
             self._look()
 
     def _watch(self) -> None:
-        while not self._done.wait(1e-3):
+        while not self._done.wait(1e-2):
             self._look()
 
     def _look(self) -> None:
@@ -87,10 +87,10 @@ def paired_times(steps: Mapping[str, Callable[[], None]], rounds: int, device: t
     times: dict[str, list[float]] = {name: [] for name in steps}
     for counted in [False] + [True] * rounds:
         for name, step in steps.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             step()
-            _synchronize(device)
+            synchronize(device)
             if counted:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -131,6 +131,7 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {psutil.cpu_count()} cores"
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has done what it was asked; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

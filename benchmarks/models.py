@@ -42,7 +42,7 @@ def transformer_model(
     if size == "miniature":
         torch.manual_seed(0)
         parts: list[torch.nn.Module] = [*build_dit(_T5_VOCABULARY, heads=heads, layers=layers)]
-        parts = [part.to(device, dtype) for part in parts]
+        parts = [torch.nn.Module.to(part, device, dtype) for part in parts]  # diffusers' own warns about the dtype
     else:
         parts = [fill(part, device, dtype) for part in (full_size_transformer(), full_size_conditioner())]
         set_qk_norm_eps(parts[0])
@@ -52,7 +52,7 @@ def transformer_model(
 def vae(size: str, device: torch.device, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     """The VAE, frozen, with random weights."""
     if size == "miniature":
-        return build_vae().to(device, dtype)
+        return torch.nn.Module.to(build_vae(), device, dtype)
     return fill(build_empty(AutoencoderKLQwenImage), device, dtype)
 
 
@@ -64,13 +64,13 @@ def text_encoder(size: str, device: torch.device, dtype: torch.dtype, *, vocabul
 
 
 def fill(model: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """Give a model from the meta device random weights: normal with a deviation of 0.02, and ones for norms."""
+    """Give a model from the meta device random weights: normal with a deviation of 0.02, norms one, biases zero."""
     # Buffers are no weights: they were computed where the model was built.
     model = model._apply(lambda t: torch.empty_like(t, device=device, dtype=dtype) if t.is_meta else t.to(device))
     generator = torch.Generator(device).manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.02, generator=generator)
         else:
-            parameter.data.fill_(1.0)
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
     return model.requires_grad_(False).eval()

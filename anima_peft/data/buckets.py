@@ -16,7 +16,7 @@ from .specs import DatasetSpec
 SIDE_MULTIPLE = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """How a picture gets into its bucket: resized as a whole, then cropped."""
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -35,7 +36,9 @@ TEXT_FORMAT = 1
 MASK_FORMAT = 1
 VAE_FACTOR = 8
 _VARIANT = 0  # part of the keys of text since a caption had one encoding only
-_DECODED_AHEAD = 2  # batches
+_THREADS = min(8, os.cpu_count() or 1)
+# Pictures, and at least two batches: a graphics card encodes several while one thread decodes one.
+_DECODED_AHEAD = 2 * _THREADS
 
 LatentEncoder = Callable[[torch.Tensor], torch.Tensor]
 """Pixels (B, 3, H, W) float32 in [-1, 1], on the CPU -> normalised latents (B, C, H/8, W/8)."""
@@ -46,12 +49,12 @@ Source = TypeVar("Source")
 File = TypeVar("File")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LatentFiles:
-    """The cache files of one picture; each holds `latents` (C, H/8, W/8) float32."""
+    """The paths of one picture's cache files; each holds `latents` (C, H/8, W/8) float32."""
 
-    plain: Path
-    flipped: Path | None
+    plain: str
+    flipped: str | None
     """Of the mirrored picture; None where it is not wanted."""
 
 
@@ -81,12 +84,12 @@ class _Wanted(Generic[Source]):
 
     def __init__(self) -> None:
         self.missing: list[_Missing[Source]] = []
-        self._paths: dict[str, Path] = {}
+        self._paths: dict[str, str] = {}
 
-    def add(self, cache: TensorCache, key: str, source: Source) -> Path:
-        """The file where the entry is or will be."""
+    def add(self, cache: TensorCache, key: str, source: Source) -> str:
+        """The path where the entry is or will be."""
         if key not in self._paths:
-            self._paths[key] = cache.path(key)
+            self._paths[key] = cache.file(key)
             if not cache.contains(key):
                 self.missing.append(_Missing(cache, key, source))
         return self._paths[key]
@@ -121,15 +124,32 @@ class _Plan(Generic[File, Source]):
         name: Callable[[Source], str],
         bar: tqdm,
     ) -> None:
-        """Write entries as they are made, batch by batch."""
-        with bar:
-            for batch, entries in made:
-                for item, tensors in zip(batch, entries, strict=True):
-                    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                        raise InputError(f"{name(item.source)}: encoding gives infinities or NaNs; try a wider dtype")
-                    item.cache.write(item.key, tensors)
-                del self._missing[: len(batch)]
-                bar.update(len(batch))
+        """Write entries as they are made, batch by batch; threads write some while the next are made."""
+        writing: deque[tuple[_Missing[Source], Future[Path]]] = deque()
+
+        def finish(most: int = 0) -> None:
+            while len(writing) > most:
+                item, future = writing.popleft()
+                future.result()
+                self._missing.remove(item)
+                bar.update()
+
+        with bar, ThreadPoolExecutor(max_workers=_THREADS) as pool:
+            try:
+                for batch, entries in made:
+                    ready = [{key: tensor.cpu() for key, tensor in tensors.items()} for tensors in entries]
+                    for item, tensors in zip(batch, ready, strict=True):
+                        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                            raise InputError(
+                                f"{name(item.source)}: encoding gives infinities or NaNs; try a wider dtype"
+                            )
+                    finish(_THREADS)
+                    writing += [
+                        (item, pool.submit(item.cache.write, item.key, tensors))
+                        for item, tensors in zip(batch, ready, strict=True)
+                    ]
+            finally:
+                finish()
 
 
 class LatentsPlan(_Plan[LatentFiles | None, _Latent]):
@@ -155,7 +175,7 @@ class LatentsPlan(_Plan[LatentFiles | None, _Latent]):
         self._missing.sort(key=lambda item: item.source.bucket)
         batches = self._batches(batch_size, lambda source: source.bucket)
         # Threads, and not processes: decoding and resizing leave Python's lock, and nothing has to be pickled.
-        pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        pool = ThreadPoolExecutor(max_workers=_THREADS)
         try:
             self._fill(
                 ((batch, latents_of(torch.stack(rows))) for batch, rows in _decoded_ahead(batches, pool)),
@@ -173,14 +193,14 @@ def _decoded_ahead(
     queue: deque[tuple[list[_Missing[_Latent]], list[Future[torch.Tensor]]]] = deque()
     for batch in batches:
         queue.append((batch, [pool.submit(load_pixels, item.source.picture, item.source.flip) for item in batch]))
-        if len(queue) > _DECODED_AHEAD:
+        if len(queue) > max(2, _DECODED_AHEAD // len(batch)):
             ready, futures = queue.popleft()
             yield ready, [future.result() for future in futures]
     for ready, futures in queue:
         yield ready, [future.result() for future in futures]
 
 
-class MasksPlan(_Plan[Path | None, Picture]):
+class MasksPlan(_Plan[str | None, Picture]):
     """Which masks a run needs: `files` for each picture in the order given, None for one without."""
 
     def encode(self, *, progress: bool = True) -> None:
@@ -203,10 +223,10 @@ class MasksPlan(_Plan[Path | None, Picture]):
         )
 
 
-class CaptionsPlan(_Plan[Path, str]):
+class CaptionsPlan(_Plan[str, str]):
     """Which captions a run needs encoded: `of_caption`, the file of each, and how many are `missing`."""
 
-    def __init__(self, of_caption: Mapping[str, Path], missing: list[_Missing[str]]) -> None:
+    def __init__(self, of_caption: Mapping[str, str], missing: list[_Missing[str]]) -> None:
         super().__init__(tuple(of_caption.values()), missing)
         self.of_caption = dict(of_caption)
 
@@ -242,9 +262,9 @@ def plan_latents(pictures: Sequence[Picture], *, model: str, cache_dir: Path | N
         InputError: something is missing and the cache folder cannot be written.
     """
     wanted: _Wanted[_Latent] = _Wanted()
+    cache_of = _caches("latents", cache_dir)
 
-    def add(picture: Picture, flip: bool) -> Path:
-        cache = TensorCache(cache_folder(picture.path.parent, cache_dir), "latents")
+    def add(picture: Picture, flip: bool) -> str:
         # Only where it is set, so that entries from before it could be set are found.
         filter_of_resize = {} if picture.interpolation is None else {"interpolation": picture.interpolation}
         key = cache_key(
@@ -257,7 +277,7 @@ def plan_latents(pictures: Sequence[Picture], *, model: str, cache_dir: Path | N
             flip=flip,
             **filter_of_resize,
         )
-        return wanted.add(cache, key, _Latent(picture, flip))
+        return wanted.add(cache_of(picture.path.parent), key, _Latent(picture, flip))
 
     def files_of(picture: Picture) -> LatentFiles | None:
         if picture.varies:
@@ -274,8 +294,9 @@ def plan_masks(pictures: Sequence[Picture], *, cache_dir: Path | None = None) ->
         InputError: something is missing and the cache folder cannot be written.
     """
     wanted: _Wanted[Picture] = _Wanted()
+    cache_of = _caches("masks", cache_dir)
 
-    def add(picture: Picture, mask: MaskSource) -> Path:
+    def add(picture: Picture, mask: MaskSource) -> str:
         key = cache_key(
             format=MASK_FORMAT,
             mask=mask.sha256,
@@ -284,7 +305,7 @@ def plan_masks(pictures: Sequence[Picture], *, cache_dir: Path | None = None) ->
             resized=picture.placement.resized,
             crop=picture.placement.crop,
         )
-        return wanted.add(TensorCache(cache_folder(picture.path.parent, cache_dir), "masks"), key, picture)
+        return wanted.add(cache_of(picture.path.parent), key, picture)
 
     kept = [picture.mask if not picture.varies else None for picture in pictures]
     return MasksPlan(
@@ -311,13 +332,18 @@ def plan_captions(
         InputError: something is missing and the cache folder cannot be written.
     """
     wanted: _Wanted[str] = _Wanted()
-    files: dict[str, Path] = {}
+    cache_of = _caches("text", cache_dir)
+    files: dict[str, str] = {}
     for picture, caption in captions:
         if caption not in files:
-            cache = TensorCache(cache_folder(picture.path.parent, cache_dir), "text")
             key = cache_key(format=TEXT_FORMAT, model=model, options=dict(options), caption=caption, variant=_VARIANT)
-            files[caption] = wanted.add(cache, key, caption)
+            files[caption] = wanted.add(cache_of(picture.path.parent), key, caption)
     return CaptionsPlan(files, wanted.missing)
+
+
+def _caches(kind: str, cache_dir: Path | None) -> Callable[[Path], TensorCache]:
+    """From a folder of pictures to its cache; each is built once."""
+    return cache(lambda image_dir: TensorCache(cache_folder(image_dir, cache_dir), kind))
 
 
 def _bar(description: str, unit: str, total: int, progress: bool) -> tqdm:

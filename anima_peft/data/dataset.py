@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +90,7 @@ class CachedDataset(Dataset[Sample]):
     Args:
         pictures: from `scan`.
         latents: for each picture its latents, `LatentsPlan.files`; all exist. None: encoded in every step.
-        captions: the file of each caption, `CaptionsPlan.of_caption`; all exist. None: encoded in every step.
+        captions: the path of each caption's file, `CaptionsPlan.of_caption`; all exist. None: encoded in every step.
         masks: for each picture its mask, `MasksPlan.files`; all exist. None: from the picture's own mask.
         seed: of the run.
         draw_sigma: from a generator and the latents' (h, w), a sigma in [0, 1].
@@ -108,8 +107,8 @@ class CachedDataset(Dataset[Sample]):
         self,
         pictures: Sequence[Picture],
         latents: Sequence[LatentFiles | None],
-        captions: Mapping[str, Path] | None,
-        masks: Sequence[Path | None] | None = None,
+        captions: Mapping[str, str] | None,
+        masks: Sequence[str | None] | None = None,
         *,
         seed: int,
         draw_sigma: Callable[[torch.Generator, tuple[int, int]], float],

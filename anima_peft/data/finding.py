@@ -20,7 +20,7 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _SUFFIXES_OF_PLUGINS = frozenset({".avif", ".jxl"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """A picture file before anything is known of its content."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ _MASK_RATIO_TOLERANCE = 0.02  # a mask one pixel off in a small picture is no fa
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """One picture of one dataset, ready to be encoded."""
 
@@ -96,8 +97,20 @@ def scan(
     """
     faults: list[str] = []
     found = list(find(datasets, faults))
-    indexes = {folder: FileIndex(folder) for folder in dict.fromkeys(_index_folder(f, cache_dir) for f in found)}
-    wanted = {path: indexes[_index_folder(f, cache_dir)] for f in found for path in (f.path, f.mask) if path}
+    indexes: dict[Path, FileIndex] = {}
+
+    @cache
+    def index_beside(folder: Path) -> FileIndex:
+        cached = cache_folder(folder, cache_dir)
+        if cached not in indexes:
+            indexes[cached] = FileIndex(cached)
+        return indexes[cached]
+
+    @cache
+    def placement_of(dataset: int, size: tuple[int, int]) -> Placement:
+        return place(size, datasets[dataset])
+
+    wanted = {path: index_beside(f.path.parent) for f in found for path in (f.path, f.mask) if path}
     facts = _gather_facts(wanted, faults, progress)
     pictures: list[Picture] = []
     small: list[Path] = []
@@ -108,7 +121,7 @@ def scan(
         if _is_small(known, file.dataset):
             small.append(file.path)
         else:
-            pictures += _placed(file, known, mask, faults)
+            pictures += _placed(file, known, mask, placement_of, faults)
     faults += _emptied(datasets, found, pictures, small)
     if faults:
         raise InputError.from_faults("The dataset cannot be used:", dict.fromkeys(faults))
@@ -198,13 +211,19 @@ def _is_small(facts: FileFacts, dataset: DatasetSpec) -> bool:
     return limit is not None and facts.picture_size[0] * facts.picture_size[1] <= limit[0] * limit[1]
 
 
-def _placed(file: Found, facts: FileFacts, mask: FileFacts | None, faults: list[str]) -> list[Picture]:
+def _placed(
+    file: Found,
+    facts: FileFacts,
+    mask: FileFacts | None,
+    placement_of: Callable[[int, tuple[int, int]], Placement],
+    faults: list[str],
+) -> list[Picture]:
     """The picture in its bucket; nothing, and a fault, where it fits none or its mask does not fit it."""
     assert facts.picture_size is not None
     subset = file.subset
     source = None
     try:
-        placement = place(facts.picture_size, file.dataset)
+        placement = placement_of(file.dataset_index, facts.picture_size)
         if file.mask is not None and mask is not None:
             _require_shape(file.mask, mask, facts.picture_size)
             source = MaskSource(file.mask, mask.sha256, from_alpha=subset.alpha_mask)
@@ -318,10 +337,6 @@ def _balanced(pictures: Sequence[Picture]) -> list[Picture]:
         kept += [picture for picture in own if not picture.is_reg] + taken
     _warn("%d regularisation pictures are left out, because there are enough without them: %s", unused)
     return kept
-
-
-def _index_folder(file: Found, cache_dir: Path | None) -> Path:
-    return cache_folder(file.path.parent, cache_dir)
 
 
 def _unreadable(path: Path, error: BaseException) -> str:

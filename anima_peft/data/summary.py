@@ -30,10 +30,12 @@ class BucketRow:
 
 def bucket_rows(pictures: Sequence[Picture]) -> list[BucketRow]:
     """The buckets in the order of their datasets, the widest last."""
+    groups: dict[tuple[int, tuple[int, int]], list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault((picture.dataset_index, picture.placement.bucket), []).append(picture)
     rows = []
-    groups = sorted({(p.dataset_index, p.placement.bucket) for p in pictures}, key=lambda g: (g[0], g[1][0] / g[1][1]))
-    for index, bucket in groups:
-        own = [p for p in pictures if (p.dataset_index, p.placement.bucket) == (index, bucket)]
+    for index, bucket in sorted(groups, key=lambda group: (group[0], group[1][0] / group[1][1])):
+        own = groups[index, bucket]
         samples = sum(picture.num_repeats for picture in own)
         rows.append(
             BucketRow(

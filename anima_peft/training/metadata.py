@@ -49,37 +49,41 @@ MetadataWriter = Callable[[Progress], dict[str, str]]
 
 
 def training_metadata(
-    train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, summary: str, progress: Progress
+    train: TrainOptions, dataset: Mapping[str, str], facts: RunFacts, summary: str, progress: Progress
 ) -> dict[str, str]:
     """All metadata of a file saved at `progress`; texts only, and nothing that the run does not know.
 
-    `summary`, the options away from their defaults as JSON, goes into CONFIG_KEY.
+    `dataset` is `dataset_metadata`; `summary`, the options away from their defaults as JSON, goes into CONFIG_KEY.
 
     With `no_metadata`, only what describes the network is left, which every adapter file has.
     """
     if train.save.no_metadata:
         return {}
-    values = {
-        **_run(train, pictures, facts, progress),
-        **_options(train),
-        **_model_spec(train, pictures),
-        CONFIG_KEY: summary,
+    values = {**_run(train, facts, progress), **_options(train), **_model_spec(train), CONFIG_KEY: summary, **dataset}
+    return {key: value if isinstance(value, str) else str(value) for key, value in values.items() if value is not None}
+
+
+def dataset_metadata(pictures: Sequence[Picture]) -> dict[str, str]:
+    """What a file says of the pictures: the same at every save, and slow to count where there are many."""
+    # The most frequent bucket is what the adapter has seen most of.
+    width, height = Counter(picture.placement.bucket for picture in pictures).most_common(1)[0][0]
+    return {
+        "ss_num_train_images": str(sum(picture.num_repeats for picture in pictures if not picture.is_reg)),
+        "ss_num_reg_images": str(sum(picture.num_repeats for picture in pictures if picture.is_reg)),
         "ss_dataset_dirs": json.dumps(dataset_dirs(pictures), ensure_ascii=False),
         "ss_tag_frequency": json.dumps(tag_frequency(pictures), ensure_ascii=False),
         "ss_bucket_info": json.dumps(bucket_info(pictures)),
         "ss_resolution": json.dumps(sorted({picture.placement.bucket for picture in pictures})),
+        "modelspec.resolution": f"{width}x{height}",
     }
-    return {key: value if isinstance(value, str) else str(value) for key, value in values.items() if value is not None}
 
 
-def _run(train: TrainOptions, pictures: Sequence[Picture], facts: RunFacts, progress: Progress) -> Mapping[str, object]:
+def _run(train: TrainOptions, facts: RunFacts, progress: Progress) -> Mapping[str, object]:
     return {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": time.time(),
         "ss_output_name": train.save.output_name,
-        "ss_num_train_images": sum(picture.num_repeats for picture in pictures if not picture.is_reg),
-        "ss_num_reg_images": sum(picture.num_repeats for picture in pictures if picture.is_reg),
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.epochs,
         "ss_epoch": progress.epoch,
@@ -143,17 +147,13 @@ def _options(train: TrainOptions) -> Mapping[str, object]:
     }
 
 
-def _model_spec(train: TrainOptions, pictures: Sequence[Picture]) -> Mapping[str, object]:
-    # The most frequent bucket is what the adapter has seen most of.
-    buckets = Counter(picture.placement.bucket for picture in pictures)
-    width, height = buckets.most_common(1)[0][0]
+def _model_spec(train: TrainOptions) -> Mapping[str, object]:
     return {
         "modelspec.title": train.save.metadata_title or train.save.output_name,
         "modelspec.author": train.save.metadata_author,
         "modelspec.description": train.save.metadata_description,
         "modelspec.license": train.save.metadata_license,
         "modelspec.tags": train.save.metadata_tags,
-        "modelspec.resolution": f"{width}x{height}",
     }
 
 
@@ -170,9 +170,9 @@ def tag_frequency(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
     """sd-scripts' `ss_tag_frequency`: folder name -> tag -> how often, for captions separated by commas."""
     frequency: dict[str, Counter[str]] = {}
     for picture in pictures:
-        tags = (tag.strip() for line in picture.caption.split("\n") for tag in line.split(","))
-        frequency.setdefault(picture.path.parent.name, Counter()).update(tag for tag in tags if tag)
-    return {folder: dict(counter) for folder, counter in frequency.items()}
+        tags = picture.caption.replace("\n", ",").split(",")
+        frequency.setdefault(picture.path.parent.name, Counter()).update(map(str.strip, tags))
+    return {folder: {tag: n for tag, n in counter.items() if tag} for folder, counter in frequency.items()}
 
 
 def bucket_info(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, object]]]:

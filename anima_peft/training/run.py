@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 
 from ..adapters.layers import relative_delta
-from ..data.cache import FileIndex, cache_folder, remove_abandoned
+from ..data.cache import MODEL_INDEX_NAME, FileIndex, cache_folder, remove_abandoned
 from ..data.dataset import BucketBatchSampler, SampleTable
 from ..data.pictures import scan
 from ..data.summary import summary
@@ -34,7 +34,7 @@ from .comparison import draw_comparison
 from .compiling import require_compiler, uncompiled
 from .encoding import ModelHashes, TextModels, hash_model
 from .engine import engine
-from .metadata import RunFacts, training_metadata
+from .metadata import RunFacts, dataset_metadata, training_metadata
 from .network import add_network, hash_merged, merge_base_weights, require_weights
 from .optimizers import needs_card
 from .outputs import Outputs, is_final_state, require_free, resolve_folder
@@ -137,7 +137,7 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         merge_base_weights(model, options)
         set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
         parameters = add_network(model, options)
-        index = FileIndex(cache_folder(pictures[0].path.parent, cache_dir))
+        index = FileIndex(cache_folder(pictures[0].path.parent, cache_dir), MODEL_INDEX_NAME)
         merged = hash_merged(options, index)
         hashes = hash_model(sources, index)
         text_hash = "/".join(filter(None, (hashes.text, hashes.transformer, merged)))
@@ -180,7 +180,7 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         if resume:
             load_state(accelerator, resume)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
-        metadata = partial(training_metadata, options, pictures, facts, config.summary)
+        metadata = partial(training_metadata, options, dataset_metadata(pictures), facts, config.summary)
         saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
         saver.drop_old()
         log_folder = _start_tracking(accelerator, options, log_root, now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_no_flip_without_flip_aug(dataset: CachedDataset) -> None:
 
 def test_a_lost_cache_file_is_named(dataset: CachedDataset) -> None:
     assert dataset._captions is not None
-    path = dataset._captions[dataset.pictures[0].caption]
+    path = Path(dataset._captions[dataset.pictures[0].caption])
     path.unlink()
     with pytest.raises(InputError, match=path.name):
         dataset[0, 0]

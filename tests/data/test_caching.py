@@ -82,7 +82,7 @@ def test_files_hold_what_was_encoded(spec: DatasetSpec, folder: Path) -> None:
         assert files.flipped is not None
         text = captions.of_caption[picture.caption]
         for flip, path in ((False, files.plain), (True, files.flipped)):
-            assert path.is_relative_to(folder / ".anima_cache" / "latents")
+            assert Path(path).is_relative_to(folder / ".anima_cache" / "latents")
             stored = read_entry(path)["latents"]
             assert stored.dtype == torch.float32
             assert torch.equal(stored, CountingVae()(load_pixels(picture, flip)[None])[0])
@@ -149,7 +149,7 @@ def test_a_damaged_entry_is_encoded_again(spec: DatasetSpec) -> None:
     encode(spec)
     files = plan_latents(scan([spec], progress=False), model="vae 1").files[2]
     assert files is not None
-    path = files.plain
+    path = Path(files.plain)
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
     assert encode(spec) == ([(1, 3, 32, 128)], [])
