@@ -10,6 +10,8 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
+from .quantized import plain_weight
+
 NORM_TYPES: tuple[type[torch.nn.Module], ...] = (torch.nn.RMSNorm, RMSNorm, torch.nn.LayerNorm)
 
 
@@ -52,9 +54,10 @@ class DeltaLayer(torch.nn.Module, BaseTunerLayer):
             bias: whether the bias has one; None: if there is a bias.
         """
         base: Any = self.get_base_layer()
-        dtype = base.weight.dtype if isinstance(base, torch.nn.Linear) else torch.float32
+        own_weight = plain_weight(base)
+        dtype = own_weight.dtype if isinstance(base, torch.nn.Linear) else torch.float32
         own_bias = getattr(base, "bias", None)
-        parts = {f"{method}_delta": base.weight if weight else None}
+        parts = {f"{method}_delta": own_weight if weight else None}
         parts[f"{method}_delta_bias"] = own_bias if bias or bias is None else None
         for name, parameter in parts.items():
             if parameter is not None:

@@ -19,6 +19,8 @@ from ..models.precision import enable_fp32_residual
 from ..transformer import AnimaTransformerModel
 from .attention import set_attention
 from .averages import AdapterAverage
+from .block_swap import swap_blocks
+from .checkpointing import checkpoint_blocks
 from .flow import NoiseSampler, SigmaSampler
 from .groups import Rates, group_parameters
 from .loop import Parts
@@ -38,14 +40,17 @@ def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerat
     if options.loop.mixed_precision == "fp16":
         enable_fp32_residual(model.transformer)
     if options.loop.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        checkpoint_blocks(model, options.memory.gradient_checkpointing_every)
     set_attention(model, options.loop.attn_mode, accelerator.device, xformers=options.loop.xformers)
     if options.loop.mixed_precision != "no":
         # Autocast brings the adapter's float32 weights to the activations' dtype; PEFT would do it the other way
         # round, and compute the adapter in float32.
         for _, _, layer in adapter_layers(model.components):
             layer.cast_input_dtype_enabled = False
-    model.transformer.to(accelerator.device)
+    if options.memory.blocks_to_swap:
+        swap_blocks(model.transformer, options.memory.blocks_to_swap, accelerator.device)
+    else:
+        model.transformer.to(accelerator.device)
     if options.trains_conditioner:  # frozen, it has done its work
         model.text_conditioner.to(accelerator.device)
 
