@@ -33,13 +33,7 @@ def swap_blocks(transformer: Any, count: int, device: torch.device) -> None:
         InputError: the model has too few blocks.
     """
     blocks = list(transformer.transformer_blocks)
-    most = max(len(blocks) - _SLOTS, 0)
-    if count > most:
-        raise InputError(
-            f"blocks_to_swap: {count} is more than {most}, two less than this model's {len(blocks)} blocks; "
-            "-1 stands for as many as can be."
-        )
-    count = most if count == ALL_BLOCKS else count
+    count = require_swappable(transformer, count)
     if not count:
         transformer.to(device)
         return
@@ -52,6 +46,22 @@ def swap_blocks(transformer: Any, count: int, device: torch.device) -> None:
         weight.data = weight.data.new_empty(0)
     transformer.to(device)
     transformer._block_swap = BlockSwap(chosen, weights, waiting, device)
+
+
+def require_swappable(transformer: Any, count: int) -> int:
+    """How many blocks of this DiT are swapped.
+
+    Raises:
+        InputError: the model has too few blocks.
+    """
+    blocks = len(transformer.transformer_blocks)
+    most = max(blocks - _SLOTS, 0)
+    if count > most:
+        raise InputError(
+            f"blocks_to_swap: {count} is more than {most}, two less than this model's {blocks} blocks; "
+            "-1 stands for as many as can be."
+        )
+    return most if count == ALL_BLOCKS else count
 
 
 def stop_swapping(transformer: Any) -> bool:

@@ -21,6 +21,7 @@ from ..data.cache import FileIndex, cache_key
 from ..errors import InputError
 from ..models.quantization import quantize_dit
 from ..transformer import AnimaTransformerModel
+from .block_swap import require_swappable
 from .state import ADAPTER_NAME
 
 if TYPE_CHECKING:
@@ -54,9 +55,11 @@ def load_base(path: Path, options: TrainOptions, dtype: torch.dtype, device: tor
         device: where weights are quantized.
 
     Raises:
-        InputError: the model cannot be loaded, or a file of `base_weights` is no adapter for it.
+        InputError: the model cannot be loaded or has too few blocks to swap, or a file of `base_weights` is no adapter
+            for it.
     """
     model = AnimaTransformerModel.from_pretrained(path, torch_dtype=dtype)
+    require_swappable(model.transformer, options.memory.blocks_to_swap)
     merge_base_weights(model, options)
     if options.memory.base_quantization != "none":
         model.transformer = quantize_dit(model.transformer, options.memory.base_quantization, device)
