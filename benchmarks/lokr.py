@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import peft
 import torch
@@ -19,7 +17,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 
 from anima_peft.adapters.lokr import LoKrLinear, plan_shape
 
-from .measure import machine, median_ratio, paired_times, saved_bytes
+from .measure import median_ratio, paired_times, saved_bytes
+from .reporting import Row
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048))
 FACTOR = 8
@@ -106,52 +105,33 @@ def _steps(
     return steps, saved
 
 
-def run(tokens: Sequence[int], dtypes: Sequence[str], rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Measure every case; returns a row for each: time over the base's, time over LoRA's, saved MiB."""
-    rows = []
-    for dtype in dtypes:
-        for count in tokens:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--tokens` and `--dtype`."""
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1024 4096, or 256 at miniature size")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="default: both, or float32")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Measure every layer; a row for each adapter: time over the base's, over LoRA's, and saved MiB."""
+    full = arguments.size == "full"
+    for dtype in arguments.dtype or (["float32", "bfloat16"] if full else ["float32"]):
+        for tokens in arguments.tokens or ([1024, 4096] if full else [256]):
             for in_features, out_features in SHAPES:
-                steps, saved = _steps(in_features, out_features, count, getattr(torch, dtype), device)
-                times = paired_times(steps, rounds, device)
-                for name in steps:
-                    rows.append(
-                        {
-                            "dtype": dtype,
-                            "tokens": count,
-                            "layer": f"{in_features}->{out_features}",
-                            "adapter": name,
-                            "ms": 1e3 * statistics.median(times[name]),
-                            "over base": median_ratio(times, name, REFERENCE),
-                            "over LoRA": median_ratio(times, name, "LoRA r16"),
-                            "saved MiB": saved[name] / 2**20,
-                        }
-                    )
-                _print_case(rows[-len(steps) :])
-    return rows
+                yield from _layer(in_features, out_features, tokens, dtype, arguments)
 
 
-def _print_case(rows: Sequence[dict[str, Any]]) -> None:
-    first = rows[0]
-    print(f"\n{first['layer']}, {first['tokens']} tokens, {first['dtype']}")
-    print(f"  {'':22} {'ms':>8} {'/ base':>8} {'/ LoRA':>8} {'saved MiB':>10}")
-    for row in rows:
-        numbers = f"{row['ms']:8.1f} {row['over base']:8.2f} {row['over LoRA']:8.2f} {row['saved MiB']:10.1f}"
-        print(f"  {row['adapter']:22} {numbers}", flush=True)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Parse the options, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks lokr", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    print(machine(device))
-    rows = run(arguments.tokens, arguments.dtype, arguments.rounds, device)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine(device), "rows": rows}, file, indent=2)
+def _layer(
+    in_features: int, out_features: int, tokens: int, dtype: str, arguments: argparse.Namespace
+) -> Iterator[Row]:
+    steps, saved = _steps(in_features, out_features, tokens, getattr(torch, dtype), arguments.device)
+    times = paired_times(steps, arguments.rounds, arguments.device)
+    for name in steps:
+        yield Row(
+            case=f"{in_features}->{out_features}, {tokens} tokens, {dtype}",
+            name=name,
+            median=1e3 * statistics.median(times[name]),
+            unit="ms",
+            ratio=median_ratio(times, name, REFERENCE),
+            reference=REFERENCE,
+            figures={"/ LoRA": median_ratio(times, name, "LoRA r16"), "saved MiB": saved[name] / 2**20},
+        )

@@ -1,12 +1,15 @@
-"""Paired timing, and the memory that a forward pass keeps for its backward pass."""
+"""Paired timing, memory in use and kept, and the rate of products that the machine reaches at best."""
 
 from __future__ import annotations
 
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
+from types import TracebackType
 
+import psutil
 import torch
 
 Step = Callable[[], torch.Tensor]
@@ -16,7 +19,63 @@ def machine(device: torch.device) -> str:
     """One line on what the figures were measured on."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+class PeakMemory:
+    """Most memory in use between the start and the end of `with`.
+
+    On a CUDA device what torch has allocated there; on a CPU the process's resident memory, looked at every
+    millisecond.
+
+    Attributes:
+        before: bytes in use at the start.
+        peak: bytes in use at most.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.before = self.peak = 0
+
+    @property
+    def above(self) -> int:
+        """Bytes that came on top of what was in use before."""
+        return self.peak - self.before
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self.before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._process, self._done = psutil.Process(), threading.Event()
+            self.before = self.peak = self._process.memory_info().rss
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._done.set()
+            self._watcher.join()
+            self._look()
+
+    def _watch(self) -> None:
+        while not self._done.wait(1e-3):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, self._process.memory_info().rss)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, rounds: int = 10) -> float:
+    """FLOP/s of a product of two square matrices, the best of some rounds: the peak that shares are taken of."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    result = torch.empty_like(a)
+    step = {"product": lambda: torch.mm(a, b, out=result)}
+    times = paired_times(step, rounds, device)["product"]  # type: ignore[arg-type]  # what it returns is not used
+    return 2 * size**3 / min(times)
 
 
 def paired_times(steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -60,6 +119,16 @@ def saved_bytes(forward: Step, parameters: set[int]) -> int:
         result = forward()
     assert result.requires_grad
     return sum(kept.values())
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its kind."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {psutil.cpu_count()} cores"
 
 
 def _synchronize(device: torch.device) -> None:

@@ -3,31 +3,74 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import lokr
-from benchmarks.measure import median_ratio, paired_times, saved_bytes
+from benchmarks.__main__ import BENCHMARKS, main, parse
+from benchmarks.measure import PeakMemory, median_ratio, paired_times, saved_bytes
+from benchmarks.reporting import Row, case_table
 
 
 def test_lokr_reports_every_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lokr, "SHAPES", ((64, 128),))
-    words = ["--tokens", "8", "--dtype", "float32", "--rounds", "2", "--device", "cpu"]
-    lokr.main([*words, "--json", str(tmp_path / "a.json")])
-    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["adapter"] for row in rows] == list(lokr.LAYERS)
-    by_name = {row["adapter"]: row for row in rows}
-    assert by_name["base"]["over base"] == by_name["LoRA r16"]["over LoRA"] == 1
+    words = ["lokr", "--tokens", "8", "--dtype", "float32", "--rounds", "2", "--device", "cpu"]
+    main([*words, "--json", str(tmp_path / "a.json")])
+    written = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert written["command"].startswith("python -m benchmarks lokr --tokens 8")
+    assert written["versions"]["torch"] == version("torch")
+    rows = written["benchmarks"]["lokr"]
+    assert [row["name"] for row in rows] == list(lokr.LAYERS)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["base"]["ratio"] == by_name["LoRA r16"]["figures"]["/ LoRA"] == 1
     # LoRA keeps its input and a narrow intermediate; ours besides them one more of the input's size at most.
     mib = 8 * 64 * 4 / 2**20
-    assert by_name["base"]["saved MiB"] == 0
-    assert by_name["ours full"]["saved MiB"] <= by_name["LoRA r16"]["saved MiB"] + mib
-    assert by_name["PEFT full"]["saved MiB"] > 64 * 128 * 4 / 2**20, "PEFT keeps the product itself"
+    saved = {name: row["figures"]["saved MiB"] for name, row in by_name.items()}
+    assert saved["base"] == 0
+    assert saved["ours full"] <= saved["LoRA r16"] + mib
+    assert saved["PEFT full"] > 64 * 128 * 4 / 2**20, "PEFT keeps the product itself"
     assert "64->128, 8 tokens, float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*BENCHMARKS, "all"])
+def test_every_benchmark_says_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse([name, "--help"])
+    assert "--size {miniature,full}" in capsys.readouterr().out
+
+
+def test_without_a_name_all_run_at_miniature_size() -> None:
+    assert vars(parse([])) == vars(parse(["all"]))
+    assert (parse(["--rounds", "3"]).benchmark, parse(["--rounds", "3"]).rounds) == ("all", 3)
+    assert parse(["all", "--device", "cuda"]).size == "miniature"
+    assert {parse([name, "--device", "cuda"]).size for name in BENCHMARKS} == {"full"}
+    assert {parse([name, "--device", "cpu"]).size for name in BENCHMARKS} == {"miniature"}
+
+
+def test_a_table_shows_only_columns_with_figures() -> None:
+    rows = [
+        Row("case", "one", 12.34, "ms", 1.0, "one", peak_bytes=2**20),
+        Row("case", "two", 0.012345, "ms", 1.5, "one", figures={"share": 0.25}),
+    ]
+    assert [line.split() for line in case_table(rows).splitlines()] == [
+        ["ms", "/", "one", "peak", "MiB", "share"],
+        ["-" * 35],
+        ["one", "12.3", "1.00", "1.0"],
+        ["two", "0.0123", "1.50", "0.25"],
+    ]
+
+
+def test_peak_memory_sees_what_is_gone_again() -> None:
+    size = 2**27
+    with PeakMemory(torch.device("cpu")) as memory:
+        block = torch.ones(size, dtype=torch.uint8)
+        del block
+    assert 0.9 * size < memory.above < 2 * size
 
 
 def test_saved_bytes_counts_what_the_backward_pass_needs() -> None:
