@@ -14,6 +14,7 @@ from .reporting import Row, print_tables, write_json
 
 BENCHMARKS = {
     "lokr": "one linear layer with LoRA, our LoKr, PEFT's and LyCORIS'",
+    "memory": "what each memory option saves and costs in a training step",
 }
 ALL = "all"
 SIZES = ("miniature", "full")

@@ -123,7 +123,7 @@ def test_every_nth_block_is_computed_twice(base: AnimaTransformerModel, every: i
     assert all(parameter.grad is not None for parameter in parameters)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, ALL_BLOCKS])
+@pytest.mark.parametrize("count", [1, ALL_BLOCKS])
 def test_no_more_blocks_are_present_than_allowed(base: AnimaTransformerModel, count: int) -> None:
     model, parameters = adapted(base, LoraConfig(r=2, train_norm=True))
     blocks = list(model.transformer.transformer_blocks)
@@ -214,7 +214,7 @@ def test_an_interrupted_forward_pass_leaves_whole_weights(base: AnimaTransformer
     with pytest.raises(KeyboardInterrupt):
         model(torch.randn(1, 16, 4, 4), torch.rand(1), embeds)
     hook.remove()
-    assert train(model, parameters) == train(reference, others)
+    assert train(model, parameters, steps=1) == train(reference, others, steps=1)
     assert isinstance(model.transformer, CosmosTransformer3DModel)
 
 
