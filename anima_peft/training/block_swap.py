@@ -102,8 +102,9 @@ class BlockSwap:
         self._last = 0
         for number in range(len(weights)):
             self._leave(number)
+        use = torch.compiler.disable(self._use)  # a compiled block begins after it
         self._hooks = [
-            block.register_forward_pre_hook(lambda *_, number=number: self._use(number))  # type: ignore[misc]
+            block.register_forward_pre_hook(lambda *_, number=number: use(number))  # type: ignore[misc]
             for number, block in enumerate(blocks)
         ]
 

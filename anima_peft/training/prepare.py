@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..adapters.layers import parts_of
@@ -47,6 +48,10 @@ def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerat
         # round, and compute the adapter in float32.
         for _, _, layer in adapter_layers(model.components):
             layer.cast_input_dtype_enabled = False
+    # Every process loads the same weights. DistributedDataParallel would send them around, which it can do neither with
+    # those that wait in main memory nor with quantized ones.
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     if options.memory.blocks_to_swap:
         swap_blocks(model.transformer, options.memory.blocks_to_swap, accelerator.device)
     else:

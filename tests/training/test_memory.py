@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import CosmosTransformer3DModel
+from torch.nn.parallel import DistributedDataParallel
 
 from anima_peft import LoKrConfig, LoraConfig
 from anima_peft.errors import InputError
 from anima_peft.miniature.random_weights import build_dit
 from anima_peft.training.block_swap import ALL_BLOCKS, BlockSwap, stop_swapping, swap_blocks
 from anima_peft.training.checkpointing import checkpoint_blocks
+from anima_peft.training.prepare import prepare_model
 from anima_peft.transformer import AnimaTransformerModel
 
 BLOCKS = 5
@@ -215,7 +218,46 @@ def test_an_interrupted_forward_pass_leaves_whole_weights(base: AnimaTransformer
         model(torch.randn(1, 16, 4, 4), torch.rand(1), embeds)
     hook.remove()
     assert train(model, parameters, steps=1) == train(reference, others, steps=1)
-    assert isinstance(model.transformer, CosmosTransformer3DModel)
+
+
+@pytest.mark.parametrize("network", ["LoRA everywhere", "LoKr"])
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.slow
+def test_compiled_blocks_are_swapped(base: AnimaTransformerModel, network: str) -> None:
+    outcomes = []
+    for swapped in (0, ALL_BLOCKS):
+        model, parameters = adapted(base, CONFIGS[network]())
+        checkpoint_blocks(model)
+        swap_blocks(model.transformer, swapped, CPU)
+        torch.compiler.reset()
+        model.compile_repeated_blocks(backend="aot_eager")
+        outcomes.append(train(model, parameters, steps=2))
+    torch.compiler.reset()
+    assert outcomes[0] == outcomes[1]
+
+
+def test_several_processes_train_the_adapter_alone(base: AnimaTransformerModel, tmp_path: Path) -> None:
+    """One process stands for them: what the others would be sent is what the reducer looks after."""
+    model, parameters = adapted(base, LoraConfig(r=2, train_norm=True))
+    reference, others = adapted(base, LoraConfig(r=2, train_norm=True))
+    options: Any = SimpleNamespace(
+        loop=SimpleNamespace(mixed_precision="no", gradient_checkpointing=True, attn_mode=None, xformers=False),
+        memory=SimpleNamespace(gradient_checkpointing_every=1, blocks_to_swap=ALL_BLOCKS),
+        trains_conditioner=False,
+    )
+    prepare_model(model, options, SimpleNamespace(device=CPU))  # type: ignore[arg-type]
+    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "meet").as_uri(), rank=0, world_size=1)
+    try:
+        wrapped: Any = DistributedDataParallel(model)
+        assert {id(parameter) for parameter in wrapped._module_parameters} == {id(p) for p in parameters}
+        generator = torch.Generator().manual_seed(2)
+        inputs = torch.randn(1, 16, 4, 4, generator=generator), torch.rand(1, generator=generator)
+        embeds = torch.randn(1, 8, model.text_conditioner.config.target_dim, generator=generator)
+        for each in (wrapped, reference):
+            each(*inputs, embeds).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(parameters, others, strict=True))
 
 
 def _interrupt(*_: Any) -> None:
