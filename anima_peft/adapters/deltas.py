@@ -10,6 +10,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
+from .norms import add_norm_delta, adds_in_place
 from .quantized import plain_weight
 
 NORM_TYPES: tuple[type[torch.nn.Module], ...] = (torch.nn.RMSNorm, RMSNorm, torch.nn.LayerNorm)
@@ -106,14 +107,16 @@ class DeltaLayer(torch.nn.Module, BaseTunerLayer):
                 parameter.data = (parameter.data.float() + scale * delta.detach()).to(parameter.dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        result = self.base_layer(hidden_states)
-        if self.disable_adapters or self.merged:
-            return result
         active: list[str] = self.active_adapters  # type: ignore[assignment]
-        for name in active:
-            if name in self.scaling:
-                weight, bias = (None if part is None else part * self.scaling[name] for part in self.delta(name))
-                result = result + self._output(hidden_states, weight, bias).to(result.dtype)
+        names = [] if self.disable_adapters or self.merged else [name for name in active if name in self.scaling]
+        if names and adds_in_place(self.base_layer):
+            deltas = [self.delta(name)[0] for name in names]
+            delta = sum(self.scaling[name] * part for name, part in zip(names, deltas, strict=True) if part is not None)
+            return add_norm_delta(self.base_layer, hidden_states, delta)  # type: ignore[arg-type]  # no sum of nothing
+        result = self.base_layer(hidden_states)
+        for name in names:
+            weight, bias = (None if part is None else part * self.scaling[name] for part in self.delta(name))
+            result = result + self._output(hidden_states, weight, bias).to(result.dtype)
         return result
 
     def _output(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
