@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from diffusers.utils import is_bitsandbytes_available, is_torchao_available
+from safetensors.torch import load_file
 
 from anima_peft import LoKrConfig, LoraConfig
 from anima_peft.adapters.layers import relative_delta
@@ -21,8 +22,10 @@ from anima_peft.miniature.random_weights import build_dit
 from anima_peft.models import quantization
 from anima_peft.models.quantization import quantize_dit, require_quantization
 from anima_peft.training.checkpointing import checkpoint_blocks
+from anima_peft.training.run import train as run
 from anima_peft.transformer import AnimaTransformerModel
 
+from .conftest import Configure
 from .test_memory import CPU, train
 
 KINDS = [
@@ -150,3 +153,27 @@ def test_nf4_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match='"nf4" needs a graphics card'):
         require_quantization("nf4", CPU)
     require_quantization("nf4", torch.device("cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_torchao_available(), reason="needs torchao")
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_a_whole_run_in_bf16_draws_validates_and_goes_on(configure: Configure, tmp_path: Path) -> None:
+    flags = ["--base_quantization", "int8", "--mixed_precision", "bf16", "--save_state_on_train_end"]
+    flags += [
+        "--validation_split",
+        "0.1",
+        "--validate_every_n_steps",
+        "2",
+        "--compare_prompts",
+        "a --w 32 --h 32 --s 1",
+    ]
+    whole = run(configure(*flags, "--max_train_steps", "4", output_dir=tmp_path / "whole"))
+    run(configure(*flags, "--max_train_steps", "2", output_dir=tmp_path / "half"))
+    resumed = ["--max_train_steps", "4", "--resume", str(tmp_path / "half" / "test-state")]
+    rest = run(configure(*flags, *resumed, output_dir=tmp_path / "rest"))
+    one, other = load_file(whole.adapter), load_file(rest.adapter)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert whole.relative_delta == rest.relative_delta > 1e-3
+    assert whole.comparison is not None
