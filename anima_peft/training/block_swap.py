@@ -6,6 +6,7 @@ copies of its own, and what an adapter there had learned would be lost.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 from ..adapters.naming import base_modules
 from ..errors import InputError
+
+logger = logging.getLogger(__name__)
 
 ALL_BLOCKS = -1
 _SLOTS = 2
@@ -37,6 +40,8 @@ def swap_blocks(transformer: Any, count: int, device: torch.device) -> None:
     if not count:
         transformer.to(device)
         return
+    if device.type == "cpu":
+        logger.warning("blocks_to_swap saves nothing without a graphics card: blocks are copied in main memory.")
     taking_turns = count + _SLOTS
     # Evenly: the blocks between are computed while the next one is on its way.
     chosen = [blocks[number * len(blocks) // taking_turns] for number in range(taking_turns)]

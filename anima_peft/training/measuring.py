@@ -18,6 +18,7 @@ from diffusers.training_utils import free_memory
 from ..data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS
 from ..data.pictures import Picture, load_pixels
 from ..data.summary import BucketRow, bucket_rows, table
+from ..models.quantization import require_quantization
 from ..transformer import AnimaTransformerModel
 from .encoding import TextModels, latent_encoder, report_cut_captions
 from .engine import engine
@@ -96,6 +97,7 @@ def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
     loop, dtype = options.loop, DTYPES[options.loop.mixed_precision]
     with engine(options, Path()) as accelerator:
         device = accelerator.device
+        require_quantization(options.memory.base_quantization, device)
         sources = locate_sources(options)
         encoding = _encoding_times(rows, pictures, sources.vae, dtype, device, tiling=options.memory.vae_tiling)
         model = load_base(sources.transformer, options, dtype, device)
