@@ -19,6 +19,7 @@ BENCHMARKS = {
     "loading": "the model and an adapter from their files, against diffusers",
     "generation": "a sampler step with an adapter, beside the base, fused, and exchanged",
     "growth": "start, memory and steps of a run by the number of its pictures",
+    "memory": "what each memory option saves and costs in a training step",
 }
 ALL = "all"
 SIZES = ("miniature", "full")

@@ -10,6 +10,9 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
+from .norms import add_norm_delta, adds_in_place
+from .quantized import plain_weight
+
 NORM_TYPES: tuple[type[torch.nn.Module], ...] = (torch.nn.RMSNorm, RMSNorm, torch.nn.LayerNorm)
 
 
@@ -52,9 +55,10 @@ class DeltaLayer(torch.nn.Module, BaseTunerLayer):
             bias: whether the bias has one; None: if there is a bias.
         """
         base: Any = self.get_base_layer()
-        dtype = base.weight.dtype if isinstance(base, torch.nn.Linear) else torch.float32
+        own_weight = plain_weight(base)
+        dtype = own_weight.dtype if isinstance(base, torch.nn.Linear) else torch.float32
         own_bias = getattr(base, "bias", None)
-        parts = {f"{method}_delta": base.weight if weight else None}
+        parts = {f"{method}_delta": own_weight if weight else None}
         parts[f"{method}_delta_bias"] = own_bias if bias or bias is None else None
         for name, parameter in parts.items():
             if parameter is not None:
@@ -103,14 +107,16 @@ class DeltaLayer(torch.nn.Module, BaseTunerLayer):
                 parameter.data = (parameter.data.float() + scale * delta.detach()).to(parameter.dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        result = self.base_layer(hidden_states)
-        if self.disable_adapters or self.merged:
-            return result
         active: list[str] = self.active_adapters  # type: ignore[assignment]
-        for name in active:
-            if name in self.scaling:
-                weight, bias = (None if part is None else part * self.scaling[name] for part in self.delta(name))
-                result = result + self._output(hidden_states, weight, bias).to(result.dtype)
+        names = [] if self.disable_adapters or self.merged else [name for name in active if name in self.scaling]
+        if names and adds_in_place(self.base_layer):
+            deltas = [self.delta(name)[0] for name in names]
+            delta = sum(self.scaling[name] * part for name, part in zip(names, deltas, strict=True) if part is not None)
+            return add_norm_delta(self.base_layer, hidden_states, delta)  # type: ignore[arg-type]  # no sum of nothing
+        result = self.base_layer(hidden_states)
+        for name in names:
+            weight, bias = (None if part is None else part * self.scaling[name] for part in self.delta(name))
+            result = result + self._output(hidden_states, weight, bias).to(result.dtype)
         return result
 
     def _output(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:

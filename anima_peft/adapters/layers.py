@@ -14,6 +14,7 @@ from .factors import Factors, FullDelta, LoraFactors, NormDelta, Weights, tensor
 from .loha import LoHaLinear
 from .lokr import LoKrLinear
 from .naming import Components, ModuleName, ModuleTable
+from .quantized import plain_weight
 
 _LAYERS = (LoraLayer, LoKrLinear, LoHaLinear, DeltaLayer)
 
@@ -128,7 +129,7 @@ def relative_delta(components: Components, adapter_name: str) -> float:
             if isinstance(factors, FullDelta) and factors.weight is None:
                 continue  # a bias beside the weight that another layer counts
             delta += factors.delta_norm() ** 2
-            weight += float(layer.get_base_layer().weight.detach().float().square().sum())
+            weight += float(plain_weight(layer.get_base_layer()).float().square().sum())
     return (delta / weight) ** 0.5 if weight else 0.0
 
 

@@ -16,6 +16,7 @@ from peft.tuners.lokr.layer import Linear as PeftLoKrLinear
 
 from .factors import Factor, LoKrFactors, LoKrShape, detached, product
 from .kronecker import add_kron_linear, factorize, kron_linear
+from .quantized import is_quantized
 from .targets import ATTN_MLP
 
 FULL_MATRIX_SENTINEL = 100_000
@@ -152,6 +153,7 @@ class LoKrLinear(PeftLoKrLinear):
         return (
             not torch.compiler.is_compiling()
             and type(base) is torch.nn.Linear
+            and not is_quantized(base)
             and "forward" not in vars(base)  # as offloading hooks leave it
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not any(parameter.requires_grad for parameter in base.parameters())

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..models.names import CONDITIONER_PREFIX, native_to_diffusers
 from .deltas import is_affine_norm
+from .quantized import is_quantized, plain_weight, weight_shape
 
 TRANSFORMER = "transformer"
 TEXT_CONDITIONER = "text_conditioner"
@@ -121,13 +122,14 @@ class ModuleTable:
 
     def shape(self, name: ModuleName) -> tuple[int, ...] | None:
         """Shape of the module's weight, (out, in) for linears; None where the table knows names alone."""
-        weight = self._modules[name].weight
-        assert isinstance(weight, torch.Tensor)
-        return tuple(weight.shape) if self._sized else None
+        return weight_shape(self._modules[name]) if self._sized else None
 
     def own(self, name: ModuleName, parameter: str) -> torch.Tensor | None:
         """The module's own `weight` or `bias`; None where it has none, or the table knows names alone."""
-        return getattr(self._modules[name], parameter, None) if self._sized else None
+        module = self._modules[name]
+        if self._sized and parameter == "weight" and is_quantized(module):
+            return plain_weight(module)
+        return getattr(module, parameter, None) if self._sized else None
 
     def has_bias(self, name: ModuleName) -> bool:
         """Whether the module has a bias."""

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
 from ..models.names import CONDITIONER_PREFIX
 from .naming import TEXT_CONDITIONER, TEXT_ENCODER, TRANSFORMER, Components
+from .quantized import is_quantized
 
 Strength = float | Mapping[str, float]
 """One number, or numbers by place: a component (`transformer`), or a block (`transformer_blocks.3`, `blocks.3`)."""
@@ -232,7 +234,8 @@ def fuse(components: Components, lora_scale: float = 1.0, names: Sequence[str] |
 
     Raises:
         InputError: no such adapter, none active, or an active one is left out: it would cease to act, since a layer
-            with a fused adapter applies no other. Or some are fused already, or the sum is not finite.
+            with a fused adapter applies no other. Or some are fused already, the sum is not finite, or another kind
+            than LoRA sits on a quantized layer.
     """
     active = active_adapters(components)
     names = active if names is None else list(dict.fromkeys(_as_list(names)))
@@ -243,6 +246,7 @@ def fuse(components: Components, lora_scale: float = 1.0, names: Sequence[str] |
     if left_out:
         raise InputError(f"{', '.join(left_out)} would cease to act: fuse all active adapters, or set_adapters first.")
     require_ready(components, "fuse_lora")
+    _require_writable(components, names)
     try:
         for _, _, layer in adapter_layers(components):
             present = [name for name in names if name in layer.scaling]
@@ -254,6 +258,17 @@ def fuse(components: Components, lora_scale: float = 1.0, names: Sequence[str] |
     except ValueError as error:
         _unfuse_layers(components)
         raise InputError(f"fuse_lora: {error}") from error
+
+
+def _require_writable(components: Components, names: Sequence[str]) -> None:
+    """Only PEFT's LoRA layers know how to add to a quantized weight."""
+    for component, path, layer in adapter_layers(components):
+        acts = any(name in layer.scaling for name in names)
+        if acts and not isinstance(layer, LoraLayer) and is_quantized(layer.get_base_layer()):
+            raise InputError(
+                f"fuse_lora: {component}.{path} is quantized, and what would be added to it is no LoRA; load the model "
+                "without quantization."
+            )
 
 
 def bake(components: Components, name: str, strength: float) -> None:

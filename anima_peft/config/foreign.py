@@ -21,7 +21,8 @@ _OTHER_MODELS = "remove it; it is for other models"
 _COMPILE = "remove it; torch_compile compiles each block, for any size from the second bucket on"
 _DEEPSPEED = "remove it; accelerate's own launcher sets up several processes, without DeepSpeed"
 _HUB = "remove it and upload the file with `hf upload`"
-_MEMORY = "use gradient_checkpointing"
+_MEMORY = "use gradient_checkpointing, blocks_to_swap or memory"
+_QUANTIZED = "use base_quantization"
 _METADATA = "remove it, or say it in metadata_description"
 _WANDB = "remove it; log_with takes tensorboard"
 _ALWAYS_STOPS = "remove it; a loss that is not finite always ends the run"
@@ -58,15 +59,16 @@ _TRAIN_GROUPS = (
     ("use_8bit_adam use_lion_optimizer", "remove it and set optimizer_type"),
     ("lr_warmup_ratio", "use lr_warmup_steps with a number below 1"),
     ("fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups", _REMOVE),
-    ("full_fp16 full_bf16 fp8_base fp8_base_unet fp8_scaled no_half_vae", _COMPUTE),
-    ("blocks_to_swap cpu_offload_checkpointing unsloth_offload_checkpointing", _MEMORY),
+    ("full_fp16 full_bf16 no_half_vae", _COMPUTE),
+    ("fp8_base fp8_base_unet fp8_scaled", _QUANTIZED),
+    ("cpu_offload_checkpointing unsloth_offload_checkpointing", _MEMORY),
     ("split_attn sdpa mem_eff_attn", _ATTENTION),
     ("compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit", _COMPILE),
     ("cuda_allow_tf32 cuda_cudnn_benchmark", "remove it; PyTorch's defaults are used"),
     ("text_encoder_batch_size", "remove it; captions are encoded in small batches, once"),
     (
         "vae_chunk_size vae_disable_cache qwen_image_vae_2d",
-        "remove it; vae_batch_size sets how much is encoded at once",
+        "remove it; vae_batch_size sets how much is encoded at once, and vae_tiling cuts large pictures",
     ),
     ("lowram highvram disable_mmap_load_safetensors", _REMOVE),
     ("ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph", _REMOVE),

@@ -20,6 +20,7 @@ from .config_files import MIGRATION, ConfigFile, given_of, read_config_file
 from .dataset import Datasets, origin_of, read_datasets
 from .dataset_options import BatchKeys, DatasetKeys, SubsetKeys
 from .files import read_toml
+from .memory import apply_preset, check_memory, set_by_preset
 from .migration import Migration
 from .network import ARGUMENT_LISTS
 from .options import Kind, Option, Rules, options_of
@@ -139,6 +140,7 @@ def load(  # long by its checks, one call each
     found = {**train_args, **flags}
     _merge(found, _arguments(found, faults), faults)
 
+    memory = apply_preset(OPTIONS, found)
     dataset_config = _path(found.get("dataset_config"))
     if file is not None:  # what an unreadable file would have given is not missing
         files = [option for option in options_of(FileOptions) if file.pictures is None]
@@ -148,6 +150,7 @@ def load(  # long by its checks, one call each
         checks.check_hub_places(OPTIONS, found, faults)
     checks.check_effects(OPTIONS.values(), found, faults)
     check_training(OPTIONS, found, faults)
+    check_memory(OPTIONS, found, faults)
 
     datasets = Datasets()
     if dataset_config is not None:
@@ -166,7 +169,7 @@ def load(  # long by its checks, one call each
         train,
         previews,
         datasets.specs,
-        (*file.notes(), *datasets.warnings),
+        (*file.notes(), *memory, *datasets.warnings),
         config_file,
         dataset_config,
         _flat_values(train),
@@ -320,7 +323,7 @@ def _train_lines(train: TrainOptions, found: Mapping[str, Found]) -> list[tuple[
 def _origin(option: Option, found: Mapping[str, Found]) -> str:
     given = found.get(option.name)
     if given is not None:
-        return origin_of(option.name, given, "train args")
+        return given.path if set_by_preset(given) else origin_of(option.name, given, "train args")
     return "default" if not checks.missing_effect(option, OPTIONS, found) else "default, without effect in this run"
 
 

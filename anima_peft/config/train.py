@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .checks import check_cached, check_file_name
+from .memory import MemoryOptions
 from .model import ModelOptions
 from .network import NetworkOptions
 from .optimization import EmaOptions, FlowOptions, LossOptions, OptimizerOptions, ScheduleOptions
@@ -228,6 +229,7 @@ class TrainOptions:
     schedule: ScheduleOptions
     ema: EmaOptions
     loop: LoopOptions
+    memory: MemoryOptions
     save: SaveOptions
     log: LogOptions
 

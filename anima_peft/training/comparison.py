@@ -11,6 +11,7 @@ from ..generation import Request, draw, labelled_grid, save_picture
 from ..models.sources import ModelSources
 from ..pipeline import AnimaPipeline
 from ..transformer import AnimaTransformerModel
+from .block_swap import stop_swapping
 from .outputs import Outputs
 
 
@@ -31,11 +32,14 @@ def draw_comparison(
     Returns:
         The grid's path.
     """
+    swapped = stop_swapping(model.transformer)
     model.unload_lora()
     model.disable_gradient_checkpointing()
     pipe = AnimaPipeline.around(model, sources, dtype)
-    # Where training fits, this must fit too: one part on the card at a time, and large pictures decoded in tiles.
-    if device.type == "cuda":
+    # Where training fits, this must fit too: one part, or layer, on the card at a time, and large pictures in tiles.
+    if device.type == "cuda" and swapped:
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif device.type == "cuda":
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)

@@ -27,6 +27,7 @@ from ..transformer import AnimaTransformerModel
 logger = logging.getLogger(__name__)
 
 _CAPTION_BATCH = 8
+_TILE, _TILE_STRIDE = 512, 384  # pixels
 _MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _SHOWN_FILES = 10
 
@@ -72,23 +73,28 @@ def cache_latents(
     dtype: torch.dtype,
     device: torch.device,
     batch_size: int,
+    tiling: bool,
     cache_dir: Path | None,
 ) -> LatentsPlan:
     """Encode the pictures that the cache lacks. The VAE is loaded only if there are any, and gone afterwards.
+
+    Args:
+        tiling: see `latent_encoder`; what is encoded so is kept beside what is not.
 
     Raises:
         InputError: the VAE cannot be loaded, a picture cannot be read, the cache cannot be written.
         TrainingError: there is not enough memory.
     """
     compute = encoder_dtype(dtype)
-    plan = plan_latents(pictures, model=f"{model_hash}/{compute}", cache_dir=cache_dir)
+    plan = plan_latents(pictures, model=f"{model_hash}/{compute}{'/tiled' if tiling else ''}", cache_dir=cache_dir)
     if plan.missing:
-        encode = latent_encoder(vae, dtype, device)
+        encode = latent_encoder(vae, dtype, device, tiling=tiling)
         try:
             plan.encode(encode, batch_size=batch_size)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                "There is not enough memory to encode the pictures: lower vae_batch_size, or the dataset's resolution. "
+                "There is not enough memory to encode the pictures: lower vae_batch_size, set vae_tiling = true, "
+                "or lower the dataset's resolution. "
                 f"Those that are done stay in the cache. ({error})"
             ) from error
         del encode
@@ -96,13 +102,18 @@ def cache_latents(
     return plan
 
 
-def latent_encoder(vae: Path, dtype: torch.dtype, device: torch.device) -> LatentEncoder:
+def latent_encoder(vae: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool = False) -> LatentEncoder:
     """The VAE, loaded, as what it does to pictures.
+
+    Args:
+        tiling: encode pictures that are larger than a tile in overlapping tiles, blended where they meet.
 
     Raises:
         InputError: it cannot be loaded.
     """
     model = load_vae(vae, encoder_dtype(dtype)).to(device)
+    if tiling:
+        model.enable_tiling(_TILE, _TILE, _TILE_STRIDE, _TILE_STRIDE)
     return lambda pixels: encode_latents(model, pixels.to(device))
 
 

@@ -18,11 +18,12 @@ from diffusers.training_utils import free_memory
 from ..data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS
 from ..data.pictures import Picture, load_pixels
 from ..data.summary import BucketRow, bucket_rows, table
+from ..models.quantization import require_quantization
 from ..transformer import AnimaTransformerModel
 from .encoding import TextModels, latent_encoder, report_cut_captions
 from .engine import engine
 from .loop import batch_loss
-from .network import add_network
+from .network import add_network, load_base
 from .prepare import flow_loss, optimization, prepare_model
 from .samples import planned_steps, steps_of_epoch
 
@@ -96,9 +97,10 @@ def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
     loop, dtype = options.loop, DTYPES[options.loop.mixed_precision]
     with engine(options, Path()) as accelerator:
         device = accelerator.device
+        require_quantization(options.memory.base_quantization, device)
         sources = locate_sources(options)
-        encoding = _encoding_times(rows, pictures, sources.vae, dtype, device)
-        model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype=dtype)
+        encoding = _encoding_times(rows, pictures, sources.vae, dtype, device, tiling=options.memory.vae_tiling)
+        model = load_base(sources.transformer, options, dtype, device)
         length = options.model.anima_seq_len
         text = TextModels(sources, model, "", dtype, device, length, options.trains_conditioner)
         report_cut_captions({picture.caption: picture for picture in pictures}, text)
@@ -122,9 +124,15 @@ def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
 
 
 def _encoding_times(
-    rows: list[BucketRow], pictures: tuple[Picture, ...], vae: Path, dtype: torch.dtype, device: torch.device
+    rows: list[BucketRow],
+    pictures: tuple[Picture, ...],
+    vae: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tiling: bool,
 ) -> list[float]:
-    encode = latent_encoder(vae, dtype, device)
+    encode = latent_encoder(vae, dtype, device, tiling=tiling)
     times = []
     for row in rows:
         pixels = load_pixels(_first(row, pictures), flip=False)[None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,9 @@ from ..adapters.sources import locate_adapter
 from ..adapters.targets import first_matches, select_targets
 from ..data.cache import FileIndex, cache_key
 from ..errors import InputError
+from ..models.quantization import quantize_dit
 from ..transformer import AnimaTransformerModel
+from .block_swap import require_swappable
 from .state import ADAPTER_NAME
 
 if TYPE_CHECKING:
@@ -42,6 +45,25 @@ def hash_merged(options: TrainOptions, index: FileIndex) -> str:
     """What identifies the adapters that are merged into the base; nothing where there are none."""
     merged = [(index.hash(locate_adapter(file)), strength) for file, strength in options.network.merged_weights]
     return cache_key(merged=merged) if merged else ""
+
+
+def load_base(path: Path, options: TrainOptions, dtype: torch.dtype, device: torch.device) -> AnimaTransformerModel:
+    """The model that is trained on, on the CPU: what is merged is merged before anything is quantized.
+
+    Args:
+        path: the model's file or folder.
+        device: where weights are quantized.
+
+    Raises:
+        InputError: the model cannot be loaded or has too few blocks to swap, or a file of `base_weights` is no adapter
+            for it.
+    """
+    model = AnimaTransformerModel.from_pretrained(path, torch_dtype=dtype)
+    require_swappable(model.transformer, options.memory.blocks_to_swap)
+    merge_base_weights(model, options)
+    if options.memory.base_quantization != "none":
+        model.transformer = quantize_dit(model.transformer, options.memory.base_quantization, device)
+    return model
 
 
 def merge_base_weights(model: AnimaTransformerModel, options: TrainOptions) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..adapters.layers import parts_of
@@ -19,6 +20,8 @@ from ..models.precision import enable_fp32_residual
 from ..transformer import AnimaTransformerModel
 from .attention import set_attention
 from .averages import AdapterAverage
+from .block_swap import swap_blocks
+from .checkpointing import checkpoint_blocks
 from .compiling import compile_blocks
 from .flow import NoiseSampler, SigmaSampler
 from .groups import Rates, group_parameters
@@ -39,14 +42,21 @@ def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerat
     if options.loop.mixed_precision == "fp16":
         enable_fp32_residual(model.transformer)
     if options.loop.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        checkpoint_blocks(model, options.memory.gradient_checkpointing_every)
     set_attention(model, options.loop.attn_mode, accelerator.device, xformers=options.loop.xformers)
     if options.loop.mixed_precision != "no":
         # Autocast brings the adapter's float32 weights to the activations' dtype; PEFT would do it the other way
         # round, and compute the adapter in float32.
         for _, _, layer in adapter_layers(model.components):
             layer.cast_input_dtype_enabled = False
-    model.transformer.to(accelerator.device)
+    # Every process loads the same weights. DistributedDataParallel would send them around, which it can do neither with
+    # those that wait in main memory nor with quantized ones.
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    if options.memory.blocks_to_swap:
+        swap_blocks(model.transformer, options.memory.blocks_to_swap, accelerator.device)
+    else:
+        model.transformer.to(accelerator.device)
     if options.trains_conditioner:  # frozen, it has done its work
         model.text_conditioner.to(accelerator.device)
     if options.loop.compiler is not None:

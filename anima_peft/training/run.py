@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..files import require_writable
 from ..generation import Request
 from ..models.encoders import check_encoders
+from ..models.quantization import require_quantization
 from ..models.sources import ModelSources, resolve_sources
 from ..transformer import AnimaTransformerModel
 from .attention import require_attention
@@ -35,7 +36,7 @@ from .compiling import require_compiler, uncompiled
 from .encoding import ModelHashes, TextModels, hash_model
 from .engine import engine
 from .metadata import RunFacts, dataset_metadata, training_metadata
-from .network import add_network, hash_merged, merge_base_weights, require_weights
+from .network import add_network, hash_merged, load_base, require_weights
 from .optimizers import needs_card
 from .outputs import Outputs, is_final_state, require_free, resolve_folder
 from .prepare import prepare_model, prepare_parts
@@ -133,8 +134,7 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             warn_of_changes(progress, noted, resume)
         progress.settings, progress.noted = settings, noted
 
-        model = AnimaTransformerModel.from_pretrained(sources.transformer, torch_dtype=dtype)
-        merge_base_weights(model, options)
+        model = load_base(sources.transformer, options, dtype, accelerator.device)
         set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
         parameters = add_network(model, options)
         index = FileIndex(cache_folder(pictures[0].path.parent, cache_dir), MODEL_INDEX_NAME)
@@ -227,10 +227,11 @@ def _require_device(options: TrainOptions, device: torch.device, dtype: torch.dt
     """Refuse what the options ask for and this machine has not.
 
     Raises:
-        InputError: attention kernels, a compiler or an optimizer that need another device or a package.
+        InputError: attention kernels, a compiler, an optimizer or a quantization that need another device or a package.
     """
     require_attention(options.loop.attn_mode, device, dtype)
     require_compiler(options.loop.compiler, device)
+    require_quantization(options.memory.base_quantization, device)
     name = options.optimizer.optimizer_type
     if needs_card(name) and device.type == "cpu":
         raise InputError(f'optimizer_type: {name} needs a graphics card, and none is in use; "AdamW" runs everywhere.')

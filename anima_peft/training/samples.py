@@ -94,6 +94,7 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
         dtype=text.dtype,
         device=text.device,
         batch_size=loop.vae_batch_size,
+        tiling=options.memory.vae_tiling,
         cache_dir=cache_dir,
     )
     masks = plan_masks(pictures, cache_dir=cache_dir)
@@ -119,7 +120,7 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
         prior_loss_weight=options.picture_loss.prior_loss_weight,
     )
     live = sum(file is None for file in files)
-    encode_latents = latent_encoder(vae, text.dtype, text.device) if live else None
+    encode_latents = latent_encoder(vae, text.dtype, text.device, tiling=options.memory.vae_tiling) if live else None
     notes = (_latents_note(live, len(pictures), loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
     return Samples(dataset, LiveEncoders(encode_latents, encode_text), notes)
 

@@ -340,7 +340,7 @@ SEVERAL: list[tuple[dict[str, Any], str, tuple[str, ...], list[str]]] = [
         ],
     ),
     (
-        {"qwen": "a", "qwen3": "b", "blocks_to_swap": 20, "train_batch_size": 2, "output_name": "a/b"},
+        {"qwen": "a", "qwen3": "b", "fp8_base": True, "train_batch_size": 2, "output_name": "a/b"},
         '[[datasets]]\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = "p"\n',
         ("--timestep_sampling", "sigmiod", "--no-cache_latents_to_disk", "--learning", "1"),
         [
@@ -349,7 +349,7 @@ SEVERAL: list[tuple[dict[str, Any], str, tuple[str, ...], list[str]]] = [
             '--learning: unknown option; did you mean "--learning_rate"?',
             'output_name: expected a file name without "/", got "a/b"',
             'qwen3: "b" differs from qwen = "a", and both set the same option; keep one of them',
-            "blocks_to_swap: not supported in this version: use gradient_checkpointing",
+            "fp8_base: not supported in this version: use base_quantization",
             "train_batch_size: has no effect, because the dataset TOML sets datasets[0].batch_size = 4",
         ],
     ),

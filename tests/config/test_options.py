@@ -105,6 +105,11 @@ CASES: dict[str, tuple[Any, list[str], Any]] = {
     "cache_text_encoder_outputs": (True, [], True),
     "cache_text_encoder_outputs_to_disk": (True, [], True),
     "cache_dir": ("~/cache", ["~/cache"], str(Path("~/cache").expanduser())),
+    "memory": ("low", ["balanced"], None),
+    "gradient_checkpointing_every": (2, ["2"], 2),
+    "blocks_to_swap": (-1, ["-1"], -1),
+    "base_quantization": ("int8", ["nf4"], None),
+    "vae_tiling": (True, [], True),
     "output_dir": ("runs/{time}", ["runs/{time}"], "runs/{time}"),
     "output_name": ("我的 LoRA v1.2", ["我的 LoRA v1.2"], "我的 LoRA v1.2"),
     "save_every_n_epochs": (2, ["2"], 2),
@@ -183,6 +188,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lr_scheduler_power": {"lr_scheduler": "polynomial"},
     "persistent_data_loader_workers": {"max_data_loader_n_workers": 1},
     "dynamo_backend": {"torch_compile": True},
+    "gradient_checkpointing_every": {"gradient_checkpointing": True},
+    "blocks_to_swap": {"gradient_checkpointing": True},
     "sample_prompts": {"sample_at_first": True},
     **{f"sample_{time}": {"sample_prompts": PROMPTS} for time in ("every_n_steps", "every_n_epochs", "at_first")},
     "validate_every_n_steps": {"validation_split": 0.1},
@@ -194,6 +201,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "save_last_n_steps_state": {"save_every_n_steps": 100, "save_state": True},
 }
 KEPT = {
+    "memory": {"low": "low", "balanced": "balanced"},
+    "base_quantization": {"int8": "int8", "nf4": "nf4"},
     "save_precision": {"float": "fp32", "bf16": "bf16"},
     "save_format": {"comfy": "comfy", "diffusers": "diffusers"},
 }

@@ -72,7 +72,7 @@ def test_a_file_of_the_fork_runs_unchanged(load_with) -> None:
 
 
 def test_all_options_that_cannot_be_had_are_in_one_report(load_with) -> None:
-    more = 'blocks_to_swap = 20\nfp8_scaled = true\nclip_skip = 2\ntrain_data_dir = "pictures"\n'
+    more = 'cpu_offload_checkpointing = true\nfp8_scaled = true\nclip_skip = 2\ntrain_data_dir = "pictures"\n'
     more += 'deepspeed = true\nhuggingface_repo_id = "me/lora"\n'
     with pytest.raises(InputError) as report:
         load_with(more + SD_SCRIPTS_FILE)
@@ -98,8 +98,8 @@ def test_other_kinds_of_adapters_are_named(load_with, module: str, advice: str) 
 
 def test_their_flags_are_taken_too(load_with) -> None:
     load_with(argv=("--qwen3", "q", "--attn_mode", "torch", "--weighting_scheme", "none", "--no-fp8_scaled"))
-    with pytest.raises(InputError, match="--blocks_to_swap: not supported in this version: use gradient_checkpointing"):
-        load_with(argv=("--blocks_to_swap", "20"))
+    with pytest.raises(InputError, match="--cpu_offload_checkpointing: not supported in this version: use"):
+        load_with(argv=("--cpu_offload_checkpointing",))
     with pytest.raises(InputError, match='--learning_r: unknown option; did you mean "--learning_rate"'):
         load_with(argv=("--learning_r", "1"))
 

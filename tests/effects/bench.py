@@ -17,7 +17,8 @@ from unittest import mock
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import T5TokenizerFast
 
 from anima_peft.adapters.strengths import adapter_layers
 from anima_peft.config import RunConfig, load
@@ -25,6 +26,7 @@ from anima_peft.data.pictures import Picture, scan
 from anima_peft.errors import InputError
 from anima_peft.generation import Request
 from anima_peft.miniature import MiniatureFiles
+from anima_peft.miniature.random_weights import build_dit, native_state_dict
 from anima_peft.models.sources import ModelSources
 from anima_peft.training import prepare, samples, watch
 from anima_peft.training import run as training
@@ -261,8 +263,8 @@ def _rooms() -> dict[str, Any]:
 class Bench:
     """Builds configurations on the miniature, each once.
 
-    Words may name `{pictures}`, `{other_pictures}`, copies of the model's parts such as `{other_vae}`, a saved
-    `{state}` and `{adapter}`, an `{occupied}` output folder, and `{folder}`.
+    Words may name `{pictures}`, `{other_pictures}`, copies of the model's parts such as `{other_vae}`, a
+    `{deep_transformer}` of 4 blocks, a saved `{state}` and `{adapter}`, an `{occupied}` output folder, and `{folder}`.
     """
 
     def __init__(self, miniature: MiniatureFiles, folder: Path) -> None:
@@ -275,6 +277,9 @@ class Bench:
             "qwen_tokenizer_dir": str(miniature.tokenizer),
             "t5_tokenizer_dir": str(miniature.t5_tokenizer),
         }
+        self.places["deep_transformer"] = folder / "deep.safetensors"
+        tokens = len(T5TokenizerFast.from_pretrained(miniature.t5_tokenizer))
+        save_file(native_state_dict(*build_dit(tokens, layers=4)), self.places["deep_transformer"])
         self._built: dict[tuple[Any, ...], Built] = {}
         self._numbers = itertools.count()
         made = self.build(("--max_train_steps", "2", "--save_state_on_train_end", "--no-train_norm"))

@@ -1,0 +1,197 @@
+"""What each memory option saves and costs: peak memory of a training step, and its time beside the plain step's.
+
+Every candidate is a model of its own, driven as in a training run. The plain one stays; the others come and go, each
+measured in turn with it. "off by" is the largest relative difference of the losses of the first steps from the plain
+run's: 0 where the kernels are deterministic and nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from anima_peft.config import TrainOptions, load
+from anima_peft.data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS
+from anima_peft.errors import InputError
+from anima_peft.models.quantization import quantize_dit, require_quantization
+from anima_peft.training.engine import engine
+from anima_peft.training.loop import batch_loss
+from anima_peft.training.network import add_network
+from anima_peft.training.optimizers import needs_card
+from anima_peft.training.prepare import flow_loss, optimization, prepare_model
+
+from .measure import PeakMemory, median_ratio, paired_times
+from .models import transformer_model
+from .reporting import Row
+
+PLAIN = "fast"
+CHECKPOINTED = ("--gradient_checkpointing",)
+CANDIDATES: Mapping[str, Sequence[str]] = {
+    PLAIN: (),
+    "every 2nd block": (*CHECKPOINTED, "--gradient_checkpointing_every", "2"),
+    "balanced": ("--memory", "balanced"),
+    "balanced, 8-bit AdamW": ("--memory", "balanced", "--optimizer_type", "AdamW8bit"),
+    "half of the blocks swapped": (*CHECKPOINTED, "--blocks_to_swap", "{half}"),
+    "low": ("--memory", "low"),
+    "low, 8-bit AdamW": ("--memory", "low", "--optimizer_type", "AdamW8bit"),
+    **{f"balanced, {kind}": ("--memory", "balanced", "--base_quantization", kind) for kind in ("int8", "fp8", "nf4")},
+}
+NETWORKS = {
+    "lora": ("--network_module", "networks.lora_anima"),
+    "lokr": ("--network_module", "networks.lokr_anima"),
+}
+_FULL_RANK = 100_000  # LoKr's factors whole
+_MINIATURE_BLOCKS = 6
+_FIRST_STEPS = 3
+
+Step = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model being trained.
+
+    Attributes:
+        step: trains it by one step and gives the loss.
+        losses: of its first steps.
+        bytes: most memory in use in a step, of the device what this model alone brought; on a CPU the process's.
+    """
+
+    step: Step
+    losses: list[float]
+    bytes: int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and on what."""
+    parser.add_argument("--resolution", type=int, help="side of the pictures (default: 64, full size 1024)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures in a step (default: 1)")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="lora")
+    parser.add_argument("--rank", type=int, default=32, help="of a LoRA; a LoKr has whole factors (default: 32)")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "no"), default="bf16")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=tuple(CANDIDATES), help="only these candidates")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Measure the plain step, then every candidate in turn with it."""
+    device: torch.device = arguments.device
+    side = arguments.resolution or (1024 if arguments.size == "full" else 64)
+    case = f"{arguments.size}, {arguments.network}, {side} x {side}, batch {arguments.batch}, {arguments.precision}"
+    names = [name for name in CANDIDATES if name != PLAIN and (not arguments.only or name in arguments.only)]
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(Path(folder), PLAIN, arguments)
+        with engine(options, Path(folder)) as accelerator:
+            plain = _prepare(options, accelerator, arguments, side)
+            times = paired_times({PLAIN: plain.step}, arguments.rounds, device)[PLAIN]
+            median = sorted(times)[len(times) // 2]
+            yield Row(case, PLAIN, 1e3 * median, "ms", 1.0, PLAIN, plain.bytes)
+            for name in names:
+                yield _measure(name, case, Path(folder), plain, accelerator, arguments, side)
+
+
+def _measure(
+    name: str,
+    case: str,
+    folder: Path,
+    plain: Candidate,
+    accelerator: Accelerator,
+    arguments: argparse.Namespace,
+    side: int,
+) -> Row:
+    try:
+        options = _options(folder, name, arguments)
+        _require(options, arguments.device)
+    except InputError as missing:
+        return Row(case, name, None, "ms", figures={"off by": str(missing).partition(" (")[0]})
+    candidate = _prepare(options, accelerator, arguments, side)
+    off = max(abs(one - other) / other for one, other in zip(candidate.losses, plain.losses, strict=True))
+    times = paired_times({PLAIN: plain.step, name: candidate.step}, arguments.rounds, arguments.device)
+    median = sorted(times[name])[len(times[name]) // 2]
+    peak = candidate.bytes
+    del candidate
+    _collect()
+    return Row(case, name, 1e3 * median, "ms", median_ratio(times, name, PLAIN), PLAIN, peak, {"off by": f"{off:.1e}"})
+
+
+def _require(options: TrainOptions, device: torch.device) -> None:
+    require_quantization(options.memory.base_quantization, device)
+    name = options.optimizer.optimizer_type
+    if needs_card(name) and device.type == "cpu":
+        raise InputError(f"{name} needs a graphics card.")
+
+
+def _prepare(options: TrainOptions, accelerator: Accelerator, arguments: argparse.Namespace, side: int) -> Candidate:
+    """A model as training prepares it, after its first steps."""
+    device: torch.device = arguments.device
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[arguments.precision]
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    model = transformer_model(arguments.size, device, dtype, layers=_MINIATURE_BLOCKS)
+    if options.memory.base_quantization != "none":
+        model.transformer = quantize_dit(model.transformer, options.memory.base_quantization, device)
+    model.text_conditioner.to("cpu")  # frozen, it is not needed in a step
+    torch.manual_seed(0)
+    add_network(model, options)
+    prepare_model(model, options, accelerator)
+    optimizer, _, _ = optimization(model, options, 1000)
+    ready, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
+    ready.train()
+    loss_of = flow_loss(options)
+    generator = torch.Generator().manual_seed(1)
+    shape = (arguments.batch, LATENT_CHANNELS, side // 8, side // 8)
+    rows = (arguments.batch, MIN_PROMPT_ROWS, model.text_conditioner.config.target_dim)
+    batch = {
+        "latents": torch.randn(shape, generator=generator).to(device),
+        "noise": torch.randn(shape, generator=generator).to(device),
+        "sigma": torch.full((arguments.batch,), 0.5, device=device),
+        "prompt_embeds": torch.randn(rows, generator=generator).to(device, dtype),
+    }
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def step() -> float:
+        loss = batch_loss(ready, batch, loss_of)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, options.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    losses = [step() for _ in range(_FIRST_STEPS)]
+    _collect()
+    with PeakMemory(device) as memory:
+        step()
+    return Candidate(step, losses, memory.peak - before)
+
+
+def _collect() -> None:
+    """Let go of models that hooks and graphs tie into circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _options(folder: Path, name: str, arguments: argparse.Namespace) -> TrainOptions:
+    dataset = folder / "dataset.toml"
+    dataset.write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'none'\n", encoding="utf-8")
+    blocks = 28 if arguments.size == "full" else _MINIATURE_BLOCKS
+    flags = [word.format(half=blocks // 2) for word in CANDIDATES[name]]
+    rank = _FULL_RANK if arguments.network == "lokr" else arguments.rank
+    given = {
+        "dataset_config": dataset,
+        "anima_transformer": "none",
+        "output_dir": folder,
+        "output_name": "memory",
+        "learning_rate": 1e-4,
+        "network_dim": rank,
+        "mixed_precision": arguments.precision,
+        "log_with": "none",
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return load([*words, *NETWORKS[arguments.network], *flags]).train
