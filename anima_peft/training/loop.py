@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from ..data.dataset import BucketBatchSampler
+from ..terminal import progress_bar
 from .averages import AdapterAverage
 from .flow import add_noise, velocity
 from .groups import reported_rates
@@ -188,7 +188,7 @@ class _Meter:
         self._sigmas: list[Sequence[float]] = []
         self._resident = 0
         self._clock = time.perf_counter()
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=total_steps,
             initial=progress.step,
             desc="training",

@@ -94,7 +94,7 @@ def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
 
     rows = bucket_rows(pictures)
     loop, dtype = options.loop, DTYPES[options.loop.mixed_precision]
-    with engine(options, Path()) as accelerator:
+    with engine(options) as accelerator:
         device = accelerator.device
         sources = locate_sources(options)
         encoding = _encoding_times(rows, pictures, sources.vae, dtype, device)
