@@ -132,7 +132,7 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
         default: the value when nothing is given; left out, the option is required.
         **rules: the attributes of `Rules`; `help` is required.
     """
-    return field(default=default, metadata={"rules": Rules(**rules)})
+    return field(default=default, metadata={"rules": Rules(**rules)}, repr=not rules.get("secret", False))
 
 
 @cache

@@ -57,10 +57,14 @@ def overview_text(rows: Overview) -> str:
     return "\n".join(f"{heading:<{width}}  {text}" for heading, text in rows)
 
 
+def held_out_note(pictures: Sequence[Picture]) -> list[str]:
+    """A sentence about the pictures that are held out, if there are any."""
+    return [f"Held out for validation and not trained on: {len(pictures)} pictures."] if pictures else []
+
+
 def run_facts(
     config: RunConfig,
     pictures: Sequence[Picture],
-    held_out: Sequence[Picture],
     facts: RunFacts,
     about: Overview,
     notes: Sequence[str],
@@ -73,7 +77,6 @@ def run_facts(
         "steps_per_epoch": -(-facts.batches_per_epoch // config.train.loop.gradient_accumulation_steps),
         "overview": [list(row) for row in about],
         "pictures": table_rows(pictures),
-        "held_out": len(held_out),
         "notes": list(notes),
         "config": config.resolved,
     }

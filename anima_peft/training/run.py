@@ -36,7 +36,7 @@ from .metadata import RunFacts, training_metadata
 from .network import add_network, hash_merged, merge_base_weights, require_weights
 from .optimizers import needs_card
 from .outputs import Outputs, is_final_state, require_free, resolve_folder
-from .overview import overview, overview_text, run_facts
+from .overview import held_out_note, overview, overview_text, run_facts
 from .prepare import prepare_model, prepare_parts
 from .previews import Previews
 from .record import Record
@@ -174,7 +174,6 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             seed = config.datasets[held_out[0].dataset_index].validation_seed
             measured = prepare_held_out(options, held_out, sources.vae, hashes.vae, text, seed=seed)
             validation = _validation(accelerator, model, measured, options)
-            logger.warning("%d pictures are held out for validation and not trained on.", len(held_out))
         previews = _previews(config, accelerator, model, sources, outputs, dtype)
         prepare_model(model, options, accelerator)
         parts = prepare_parts(accelerator, options, model, parameters, samples, sampler, facts.total_steps)
@@ -188,10 +187,9 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         about = overview(options, facts, parts.parameters, model, accelerator.device, outputs)
         if accelerator.is_main_process:
             accumulation = options.loop.gradient_accumulation_steps
-            print(overview_text(about), summary(pictures, facts.total_steps, accumulation, samples.notes), sep="\n\n")
-            record.begin(
-                progress.step, run_facts(config, pictures, held_out, facts, about, samples.notes), continued=continued
-            )
+            notes = [*samples.notes, *held_out_note(held_out)]
+            print(overview_text(about), summary(pictures, facts.total_steps, accumulation, notes), sep="\n\n")
+            record.begin(progress.step, run_facts(config, pictures, facts, about, notes), continued=continued)
         log_folder = start_tracking(accelerator, logs, options.log.log_with)
         run_watched(
             accelerator, options, parts, progress, facts, saver, requests, samples.dataset, previews, validation

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from anima_peft.models.sources import ModelSources
 from anima_peft.training import run as training
 from anima_peft.training import samples, watch
 from anima_peft.transformer import AnimaTransformerModel
+from tests.wandb_stand_in import WandbStandIn
 
 DIFFERS = object()
 """In place of both values: that they differ is all there is to say."""
@@ -98,6 +100,7 @@ class Recorded:
     captions: Mapping[str, Any] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    wandb: WandbStandIn = field(default_factory=WandbStandIn)
 
 
 @dataclass
@@ -119,6 +122,7 @@ class Built:
             for name, stand_in in _stand_ins(seen, self.folder).items():
                 room = _rooms()[name]
                 stack.enter_context(mock.patch.object(room, name, stand_in))
+            stack.enter_context(mock.patch.dict(sys.modules, {"wandb": seen.wandb}))
             handler = _Listener(seen.warnings)
             logger = logging.getLogger("anima_peft")
             logger.addHandler(handler)

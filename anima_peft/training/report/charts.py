@@ -85,7 +85,7 @@ def _validation(curves: Curves) -> Chart | None:
     if mean in curves:
         lines.append(thin(mean, *finite(curves[mean])))
         labels.append(("mean", "平均"))
-        looks.append("main")
+        looks.append("mean")
     if not any(line.steps for line in lines):
         return None
     return _draw(("Validation loss by noise level", "各噪声水平的验证损失"), lines, labels, looks)
@@ -117,7 +117,7 @@ def _draw(
         Curve(label, look, _path(line, x, y), _band(line, x, y) if banded and number == 0 else "")
         for number, (line, label, look) in enumerate(drawn)
     ]
-    main = next((line for line, _, look in drawn if look == "main"), lines[0])
+    main = next((line for line, _, look in drawn if look in ("main", "mean")), lines[0])
     begin, end = f"{main.values[0]:.{_DIGITS}g}", f"{main.values[-1]:.{_DIGITS}g}"
     data = {
         "axis": [x.low, x.high],

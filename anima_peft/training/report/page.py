@@ -83,7 +83,6 @@ def page(outputs: Outputs, history: History) -> str:
             for pair in history.comparisons
         ],
         pictures=_rows(facts.get("pictures")),
-        held_out=facts.get("held_out", 0),
         notes=_texts(facts.get("notes")),
         config=config_lines(str(facts.get("config", ""))),
         metadata=_metadata(outputs.final),
@@ -109,7 +108,7 @@ def _cards(outputs: Outputs, history: History) -> dict[str, str]:
         cards["loss"] = f"{smooth(losses, smoothing_window(len(losses)))[-1]:.4g}"
     _, validation = finite(history.curves.get("validation/loss", {}))
     if validation:
-        cards["validation"] = f"{validation[0]:.4g} → {validation[-1]:.4g}"
+        cards["validation"] = f"{validation[0]:.3g} → {validation[-1]:.3g}"
     cards["time"] = _duration(history.seconds)
     _, speeds = finite(history.curves.get("samples_per_second", {}))
     if speeds:
