@@ -60,6 +60,12 @@ class _Wandb(WandBTracker):
                 'set WANDB_MODE=offline to upload later, or use log_with = "tensorboard".'
             ) from error
 
+    @on_main_process
+    def finish(self) -> None:
+        """Close the run, if it was opened."""
+        if hasattr(self, "run"):
+            super().finish()
+
 
 def place_of_logs(config: RunConfig, folder: Path, now: datetime) -> LogPlace:
     """Where this run logs to, if it logs.
