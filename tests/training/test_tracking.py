@@ -42,7 +42,7 @@ def test_all_logs_get_the_same(configure: Configure, wandb: WandbStandIn, tmp_pa
     assert wandb.arguments["key"] == KEY
     assert result.log_folder is not None
     assert wandb.arguments["name"] == result.log_folder.name
-    assert wandb.arguments["config"]["network_dim"] == 4
+    assert wandb.arguments["config"]["learning_rate"] == 5e-3
     assert str(tmp_path) not in str(wandb.arguments["config"])
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 5
