@@ -322,4 +322,4 @@ def plan_captions(
 
 
 def _bar(description: str, unit: str, total: int, progress: bool) -> tqdm:
-    return progress_bar(total=total, desc=description, unit=unit, disable=not (progress and total))
+    return progress_bar(total=total, desc=description, unit=unit, leave=False, disable=not (progress and total))

@@ -168,7 +168,11 @@ def _gather_facts(indexes: dict[Path, FileIndex], faults: list[str], progress: b
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
     try:
         bar = progress_bar(
-            total=len(unknown), desc="checking pictures", unit="file", disable=not (progress and unknown)
+            total=len(unknown),
+            desc="checking pictures",
+            unit="file",
+            leave=False,
+            disable=not (progress and unknown),
         )
         with bar:
             for path, outcome in zip(unknown, pool.map(_inspect, unknown), strict=True):

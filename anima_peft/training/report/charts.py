@@ -112,7 +112,7 @@ def _draw(
     drawn = [each for each in zip(lines, labels, looks, strict=True) if each[0].steps]
     lines = [line for line, _, _ in drawn]
     first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
-    x, y = axis(min(first, 0) if first <= 1 else first, last, 5, whole=True), value_axis(lines)
+    x, y = axis(0 if 2 * first <= last else first, last, 5, whole=True), value_axis(lines)
     curves = [
         Curve(label, look, _path(line, x, y), _band(line, x, y) if banded and number == 0 else "")
         for number, (line, label, look) in enumerate(drawn)
