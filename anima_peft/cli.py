@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .errors import InputError, Interrupted, TrainingError
+from .terminal import prepare_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "inspect": _inspect,
         "convert": _convert,
         "check": _check,
+        "report": _report,
         "miniature": _miniature,
         "miniature-score": _miniature_score,
     }
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers.add_parser("inspect", help="say what is in adapter files", add_help=False)
     subparsers.add_parser("convert", help="write an adapter file in another style", add_help=False)
     subparsers.add_parser("check", help="look a dataset over before training", add_help=False)
+    subparsers.add_parser("report", help="write the page about a run, also while it is at work", add_help=False)
     subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
     subparsers.add_parser("miniature-score", help="what an adapter has taught the small Anima", add_help=False)
     known, rest = parser.parse_known_args(argv[:1])
@@ -49,7 +52,7 @@ def report_faults(action: Callable[[], None]) -> int:
     Returns:
         The exit code.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    prepare_terminal()
     try:
         action()
     except InputError as error:
@@ -86,19 +89,12 @@ def train_from(argv: Sequence[str], prog: str) -> None:
             sys.stdout.reconfigure(encoding="utf-8")  # as TOML is; a redirection on Windows would not be
         print(config.resolved, end="")
         return
+    from .training.outputs import written_text
     from .training.run import train
 
     result = train(config)
     print(f"\n{result.steps} steps; the adapter's size is {result.relative_delta:.2%} of the adapted weights.")
-    written = {
-        "adapter": result.adapter,
-        "log": result.log_folder,
-        "previews": result.previews,
-        "without and with it": result.comparison,
-    }
-    for what, path in written.items():
-        if path is not None:
-            print(f"  {what}: {path}")
+    print(written_text(result.adapter, result.log_folder))
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -139,6 +135,12 @@ def _check(argv: Sequence[str]) -> None:
     from .check_command import check
 
     check(argv, prog="anima-peft check")
+
+
+def _report(argv: Sequence[str]) -> None:
+    from .report_command import report_command
+
+    report_command(argv)
 
 
 if __name__ == "__main__":

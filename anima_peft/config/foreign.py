@@ -24,7 +24,6 @@ _HUB = "remove it and upload the file with `hf upload`"
 _MEMORY = "use gradient_checkpointing, blocks_to_swap or memory"
 _QUANTIZED = "use base_quantization"
 _METADATA = "remove it, or say it in metadata_description"
-_WANDB = "remove it; log_with takes tensorboard"
 _ALWAYS_STOPS = "remove it; a loss that is not finite always ends the run"
 
 # kinds of adapters by the names that other trainers give them
@@ -50,7 +49,6 @@ _TRAIN_GROUPS = (
     ("huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token", _HUB),
     ("huggingface_repo_visibility save_state_to_huggingface async_upload", _HUB),
     ("resume_from_huggingface", "remove it; download the state folder and name it in resume"),
-    ("wandb_run_name wandb_api_key log_tracker_name log_tracker_config", _WANDB),
     ("log_config", "remove it; the configuration is always written beside the adapter and into its metadata"),
     ("console_log_level console_log_file console_log_simple", "remove it; warnings go to standard error"),
     ("output_config", "remove it; --print_config prints the configuration as TOML"),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .._version import __version__
 from ..data.specs import DatasetSpec
@@ -30,6 +31,7 @@ from .prompts import PromptLine
 from .reading import FAULTY, Faults, shown
 from .resolved import Line, compact, resolved_text
 from .schema import Found, Given, Schema
+from .trackers import read_tracker_arguments
 from .train import DEFAULT_TRAIN_STEPS, TrainOptions
 from .training_checks import check_training
 
@@ -77,6 +79,7 @@ class RunConfig:
     Attributes:
         train: the options of the run.
         previews: the prompts of `sample_prompts`.
+        wandb: arguments of `wandb.init` from the file of `log_tracker_config`.
         datasets: what it trains on.
         warnings: what is allowed and probably not meant, one sentence each.
         config_file: the train args TOML, if one was given.
@@ -89,6 +92,7 @@ class RunConfig:
 
     train: TrainOptions
     previews: tuple[PromptLine, ...]
+    wandb: Mapping[str, Any]
     datasets: tuple[DatasetSpec, ...]
     warnings: tuple[str, ...]
     config_file: Path | None
@@ -160,7 +164,7 @@ def load(  # long by its checks, one call each
         datasets = read_datasets(file.pictures, _dataset_fallback(found), faults, file.paths)
     if datasets.specs:
         check_picture_loss(found, datasets.specs, faults)
-    previews = _previews(found, faults)
+    previews, wandb = _previews(found, faults), read_tracker_arguments(found, faults)
     if faults.texts or file is None or dataset_config is None:
         raise _report(faults, config_file, dataset_config)
     train = _train_options(found)
@@ -168,6 +172,7 @@ def load(  # long by its checks, one call each
     return RunConfig(
         train,
         previews,
+        wandb,
         datasets.specs,
         (*file.notes(), *memory, *datasets.warnings),
         config_file,
@@ -306,7 +311,7 @@ def _train_options(found: Mapping[str, Found]) -> TrainOptions:
 
 def _flat_values(train: TrainOptions) -> Mapping[str, object]:
     groups: Iterable[dict[str, object]] = dataclasses.asdict(train).values()
-    flat = {name: value for group in groups for name, value in group.items()}
+    flat = {name: value for group in groups for name, value in group.items() if not OPTIONS[name].rules.secret}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 

@@ -74,6 +74,7 @@ class Rules:
         check: called with the value; raises InputError where it is not wanted.
         convert: called with the value, or with each text of a list; returns what is kept, or raises InputError.
         is_path: a path, in which `~` is the home folder.
+        secret: kept out of all that is shown or written.
     """
 
     help: str
@@ -92,6 +93,7 @@ class Rules:
     check: Callable[[Any], None] | None = None
     convert: Callable[[Any], object] | None = None
     is_path: bool = False
+    secret: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
         default: the value when nothing is given; left out, the option is required.
         **rules: the attributes of `Rules`; `help` is required.
     """
-    return field(default=default, metadata={"rules": Rules(**rules)})
+    return field(default=default, metadata={"rules": Rules(**rules)}, repr=not rules.get("secret", False))
 
 
 @cache

@@ -85,6 +85,9 @@ def option_lines(lines: Iterable[Line]) -> Iterator[str]:
     for option, value, origin in lines:
         inside = option.rules.inside
         if inside is None:
+            if option.rules.secret and value is not None:
+                yield f"# {option.name}: {origin}, and not written here"
+                continue
             is_set = value is not None
             yield f"{option.name} = {toml_value(value)}  # {origin}" if is_set else f"# {option.name}: not set"
         elif lists[inside][0][0] is option:
@@ -120,7 +123,11 @@ def resolved_text(
 
 def compact(lines: Iterable[Line]) -> dict[str, object]:
     """What differs from the defaults, for an adapter's metadata; of a path only the name, the rest is private."""
-    return {option.name: _public(option, value) for option, value, _ in lines if value != option.default}
+    return {
+        option.name: _public(option, value)
+        for option, value, _ in lines
+        if value != option.default and not option.rules.secret
+    }
 
 
 def _public(option: Option, value: object) -> object:

@@ -18,6 +18,7 @@ DEFAULT_TRAIN_STEPS = 1600  # sd-scripts' length of a run for which neither step
 _WITH_METADATA = (Needs("no_metadata", unless=(True,)),)
 _WITH_PROMPTS = (Needs("sample_prompts", unless=(None,)),)
 _WITH_LOGS = (Needs("log_with", unless=("none",)),)
+_WITH_WANDB = (Needs("log_with", values=("wandb", "all")),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,13 +180,30 @@ class LogOptions:
     )
     log_with: str = option(
         "tensorboard",
-        choices=("tensorboard", "none"),
+        choices=("tensorboard", "wandb", "all", "none"),
         synonyms={"": "tensorboard"},
-        refused=dict.fromkeys(("wandb", "all"), 'is not supported in this version; use "tensorboard"'),
-        help="Where to log to.",
+        help="Where to log to besides the run's own record and report: TensorBoard, Weights & Biases (wandb, a package "
+        "of its own), both (all), or nothing more.",
     )
     log_prefix: str | None = option(
         None, check=check_file_name, only_with=_WITH_LOGS, help="First part of a run's log folder name."
+    )
+    log_tracker_name: str = option("anima_peft", only_with=_WITH_WANDB, help="Project in Weights & Biases.")
+    wandb_run_name: str | None = option(
+        None, only_with=_WITH_WANDB, help="Name of the run in Weights & Biases; unset, that of the log folder."
+    )
+    wandb_api_key: str | None = option(
+        None,
+        secret=True,
+        only_with=_WITH_WANDB,
+        help="Key for Weights & Biases; better is `wandb login` or the environment's WANDB_API_KEY. It is written "
+        "nowhere.",
+    )
+    log_tracker_config: str | None = option(
+        None,
+        is_path=True,
+        only_with=_WITH_WANDB,
+        help="TOML file with a table [wandb] of further arguments of wandb.init, such as entity or tags.",
     )
     sample_prompts: str | None = option(
         None,

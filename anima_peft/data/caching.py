@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..terminal import progress_bar
 from .cache import TensorCache, cache_folder, cache_key, require_writable
 from .masks import MaskSource, load_mask
 from .pictures import Picture, load_pixels
@@ -347,4 +348,4 @@ def _caches(kind: str, cache_dir: Path | None) -> Callable[[Path], TensorCache]:
 
 
 def _bar(description: str, unit: str, total: int, progress: bool) -> tqdm:
-    return tqdm(total=total, desc=description, unit=unit, disable=not (progress and total))
+    return progress_bar(total=total, desc=description, unit=unit, leave=False, disable=not (progress and total))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ..terminal import progress_bar
 from .cache import read_unchanged
 from .pictures import Picture
 from .pixels import decode_rgb
@@ -42,7 +42,9 @@ def near_duplicates(pictures: Sequence[Picture], *, progress: bool = True) -> li
     files = list({picture.path: picture for picture in pictures}.values())
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looks = list(
-            tqdm(pool.map(_look, files), total=len(files), desc="comparing pictures", unit="file", disable=not progress)
+            progress_bar(
+                pool.map(_look, files), total=len(files), desc="comparing pictures", unit="file", disable=not progress
+            )
         )
     # +1 and -1, so that a product of rows counts equal bits less different ones.
     signs = np.stack([look.bits for look in looks]).astype(np.float32) * 2 - 1

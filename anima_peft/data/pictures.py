@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from PIL import UnidentifiedImageError
-from tqdm import tqdm
 
 from ..errors import InputError
+from ..terminal import progress_bar
 from .buckets import Placement, place
 from .cache import FileFacts, FileIndex, Stamp, cache_folder, file_stamp, read_unchanged
 from .finding import Found, find
@@ -180,7 +180,13 @@ def _gather_facts(indexes: dict[Path, FileIndex], faults: list[str], progress: b
     # Decoding leaves Python's lock, so threads are enough.
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
     try:
-        bar = tqdm(total=len(unknown), desc="checking pictures", unit="file", disable=not (progress and unknown))
+        bar = progress_bar(
+            total=len(unknown),
+            desc="checking pictures",
+            unit="file",
+            leave=False,
+            disable=not (progress and unknown),
+        )
         with bar:
             for path, outcome in zip(unknown, pool.map(_inspect, unknown), strict=True):
                 bar.update()

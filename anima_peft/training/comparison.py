@@ -50,7 +50,7 @@ def draw_comparison(
     with_adapter = [draw(pipe, request) for request in requests]
     for number, pair in enumerate(zip(without, with_adapter, strict=True), start=1):
         for picture, label in zip(pair, ("without", "with"), strict=True):
-            save_picture(picture, outputs.folder / f"{outputs.name}-{number:02d}-{label}.png")
+            save_picture(picture, outputs.compared(number, label))
     rows = [list(pair) for pair in zip(without, with_adapter, strict=True)]
     grid = labelled_grid(rows, [request.prompt for request in requests], ["without", "with adapter"])
     save_picture(grid, outputs.comparison)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedType, DynamoBackend, ProjectConfiguration
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import DataLoaderConfiguration, DistributedType, DynamoBackend
 
 from ..errors import InputError
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def engine(options: TrainOptions, log_root: Path) -> Iterator[Accelerator]:
-    """accelerate's engine for one run; afterwards the process is free for a run with other settings."""
+def engine(options: TrainOptions, trackers: Sequence[GeneralTracker] = ()) -> Iterator[Accelerator]:
+    """accelerate's engine for one run that logs to `trackers`; afterwards the process is free for other settings."""
     try:
-        accelerator = _accelerator(options, log_root)
+        accelerator = _accelerator(options, trackers)
         try:
             yield accelerator
         finally:
@@ -31,7 +31,7 @@ def engine(options: TrainOptions, log_root: Path) -> Iterator[Accelerator]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
+def _accelerator(options: TrainOptions, trackers: Sequence[GeneralTracker]) -> Accelerator:
     """Accelerate's engine for this run.
 
     Raises:
@@ -43,9 +43,8 @@ def _accelerator(options: TrainOptions, log_root: Path) -> Accelerator:
         mixed_precision=precision,
         gradient_accumulation_steps=options.loop.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
-        log_with=None if options.log.log_with == "none" else options.log.log_with,
-        project_config=ProjectConfiguration(logging_dir=str(log_root)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),  # out of pinned memory, while the card computes
+        log_with=list(trackers) or None,
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError(

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from ..data.dataset import BucketBatchSampler
+from ..terminal import progress_bar
 from .averages import AdapterAverage
 from .flow import add_noise, velocity
 from .groups import reported_rates
@@ -117,9 +117,11 @@ def run_loop(
                     mark.set()
                     meter.step(values)
                     on_step()
+                    meter.go_on()
                     if progress.step >= total_steps:
                         break
             _end_epoch(parts, progress, mark, on_epoch)
+            meter.go_on()
 
 
 def _take_step(
@@ -194,7 +196,7 @@ class _Meter:
         self._sigmas: list[torch.Tensor] = []
         self._process, self._resident = psutil.Process(), 0
         self._clock = time.perf_counter()
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=total_steps,
             initial=progress.step,
             desc="training",
@@ -229,18 +231,21 @@ class _Meter:
         if math.isfinite(loss):  # one that is left out must not hide the others
             self._recent.append(loss)
         del self._recent[:-_AVERAGED]
-        now = time.perf_counter()
         values = {
             "loss": loss,
             **further,
-            "samples_per_second": sum(map(len, self._sigmas)) / (now - self._clock),
+            "samples_per_second": sum(map(len, self._sigmas)) / (time.perf_counter() - self._clock),
             "peak_memory_gib": self._peak_memory() / _GIB,
         }
         self._accelerator.log(values, step=self._progress.step)
-        self._sigmas, self._clock = [], now
+        self._sigmas = []
         mean = sum(self._recent) / max(len(self._recent), 1)
         self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{further['lr']:.2e}", refresh=False)
         self.bar.update()
+
+    def go_on(self) -> None:
+        """Start the clock anew: what was saved, drawn or measured between two steps is not part of their speed."""
+        self._clock = time.perf_counter()
 
     def _peak_memory(self) -> int:
         """Bytes: the graphics card's, or, without one, the process's as far as it was seen at steps."""

@@ -95,7 +95,7 @@ def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
 
     rows = bucket_rows(pictures)
     loop, dtype = options.loop, DTYPES[options.loop.mixed_precision]
-    with engine(options, Path()) as accelerator:
+    with engine(options) as accelerator:
         device = accelerator.device
         require_quantization(options.memory.base_quantization, device)
         sources = locate_sources(options)

@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from ..data.summary import size_text
 from ..errors import InputError
 
 SUFFIX = ".safetensors"
 STATE_SUFFIX = "-state"
+RECORD_SUFFIX = "-log.jsonl"
 _NUMBER = r"(-[0-9]{6}|-step[0-9]{8})"
 # What follows the run's name in the names of its files.
-_ENDINGS = rf"{_NUMBER}?(\.safetensors|-state)|-config\.toml|-(comparison|previews)\.png|-[0-9]+-with(out)?\.png"
+_ENDINGS = (
+    rf"{_NUMBER}?(\.safetensors|-state)|-config\.toml|-(comparison|previews)\.png|-[0-9]+-with(out)?\.png"
+    r"|-log\.jsonl|-report\.html"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,16 @@ class Outputs:
         return self.folder / f"{self.name}-config.toml"
 
     @property
+    def record(self) -> Path:
+        """What was logged, for the report."""
+        return self.folder / f"{self.name}{RECORD_SUFFIX}"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.folder / f"{self.name}-report.html"
+
+    @property
     def comparison(self) -> Path:
         """The grid of pictures without and with the adapter."""
         return self.folder / f"{self.name}-comparison.png"
@@ -49,6 +64,10 @@ class Outputs:
     def strip(self) -> Path:
         """The previews over time in one picture."""
         return self.folder / f"{self.name}-previews.png"
+
+    def compared(self, number: int, label: str) -> Path:
+        """Picture of the comparison's prompt with this number, from 1, "without" or "with" the adapter."""
+        return self.folder / f"{self.name}-{number:02d}-{label}.png"
 
     def preview(self, step: int, number: int) -> Path:
         """Picture of the prompt with this number, from 1, after `step` steps."""
@@ -84,6 +103,45 @@ class Outputs:
         return [*(path for path in sorted(self.folder.iterdir()) if self.owns(path.name)), *self.previews()]
 
 
+def written_text(adapter: Path, log_folder: Path | None) -> str:
+    """What a finished run has written, a line each, with sizes; what there are many of together.
+
+    Args:
+        adapter: the final file.
+        log_folder: TensorBoard's, if there is one.
+    """
+    outputs = Outputs(adapter.parent, adapter.name.removesuffix(SUFFIX))
+    named = {
+        "adapter": outputs.final,
+        "report": outputs.report,
+        "without and with it": outputs.comparison,
+        "previews over time": outputs.strip,
+        "configuration": outputs.config,
+        "record": outputs.record,
+        "TensorBoard's log": log_folder,
+    }
+    lines = [
+        (what, f"{path} ({size_text(_size(path))})")
+        for what, path in named.items()
+        if path is not None and path.exists()
+    ]
+    others = [path for path in outputs.existing() if path not in named.values()]
+    groups = {
+        "earlier adapters": [path for path in others if path.suffix == SUFFIX],
+        "states": [path for path in others if path.name.endswith(STATE_SUFFIX)],
+        "pictures": [path for path in others if path.suffix == ".png"],
+    }
+    lines += [(what, f"{len(paths)} ({size_text(sum(map(_size, paths)))})") for what, paths in groups.items() if paths]
+    width = max(len(what) for what, _ in lines)
+    return "\n".join(f"  {what:<{width}}  {text}" for what, text in lines)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def state_folder(adapter_file: Path) -> Path:
     """Where the state that belongs to a saved adapter goes."""
     return adapter_file.with_name(adapter_file.name.removesuffix(SUFFIX) + STATE_SUFFIX)
@@ -100,7 +158,7 @@ def resolve_folder(output_dir: str, now: datetime) -> Path:
 
 
 def require_free(outputs: Outputs, *, overwrite: bool, resume: bool) -> None:
-    """Refuse to start over an earlier run's files.
+    """Refuse to start over an earlier run's files. A record alone is none: that run has saved nothing.
 
     Args:
         resume: whether this very folder's run goes on.
@@ -108,7 +166,7 @@ def require_free(outputs: Outputs, *, overwrite: bool, resume: bool) -> None:
     Raises:
         InputError: such files exist, and neither `--overwrite` nor `--resume` was given.
     """
-    existing = outputs.existing()
+    existing = [path for path in outputs.existing() if path not in (outputs.record, outputs.report)]
     if existing and not (overwrite or resume):
         names = ", ".join(path.name for path in existing[:5]) + (" …" if len(existing) > 5 else "")
         raise InputError(

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -21,6 +20,7 @@ from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
 from .compiling import uncompiled
 from .outputs import Outputs
+from .tracking import log_picture, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class Previews:
     """Draws the prompts with the model as it is, without a trace in its training.
 
     The texts are encoded once, before training: the text encoder then takes no memory. The VAE waits on the CPU and
-    decodes in tiles, so that a preview fits where a training step does. Random states, modes and weights are
-    afterwards what they were.
+    decodes in tiles, on the CPU if need be, so that a preview fits where a training step does. Random states, modes
+    and weights are afterwards what they were.
 
     Args:
         model: the bare model; on its device when pictures are drawn.
@@ -59,6 +59,8 @@ class Previews:
     ):
         self._accelerator, self._model, self._outputs, self._requests = accelerator, model, outputs, list(requests)
         self._drawn: set[int] = set()
+        self._decodes_on = accelerator.device
+        self._told = False
         self._at_first, self._every_steps, self._every_epochs = at_first, every_steps, every_epochs
         self._pipe = AnimaPipeline.around(model, sources, dtype)
         self._pipe.set_progress_bar_config(disable=True)
@@ -105,16 +107,19 @@ class Previews:
                 self._model.eval()
                 pictures = [self._picture(number) for number in range(len(self._requests))]
         except torch.OutOfMemoryError as error:
-            logger.warning("step %d: there was no memory for previews (%s).", step, str(error).splitlines()[0])
+            if not self._told:
+                text = "step %d: there was no memory for previews (%s). Later failures are not reported."
+                logger.warning(text, step, str(error).splitlines()[0])
+            self._told = True
             return
         finally:
             self._model.train(was_training)
             self._pipe.vae.to("cpu")
         for number, (picture, request) in enumerate(zip(pictures, self._requests, strict=True), start=1):
-            save_picture(picture, self._path(step, number))
-            for tracker in self._accelerator.trackers:
-                images = {f"preview {number}: {request.prompt}": np.asarray(picture)[None]}
-                tracker.log_images(images, step=step, dataformats="NHWC")
+            path, name = self._path(step, number), f"preview {number}: {request.prompt}"
+            save_picture(picture, path)
+            log_picture(self._accelerator, name, picture, step)
+            record_of(self._accelerator).preview(step, name, path)
         self._drawn.add(step)
 
     def _picture(self, number: int) -> Image.Image:
@@ -138,8 +143,20 @@ class Previews:
                 return_dict=False,
             )[0]
         self._pipe.scheduler.set_shift(shift)
-        pixels = decode_latents(self._pipe.vae.to(device), latents)
-        return self._pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+        return self._pipe.image_processor.postprocess(self._decode(latents), output_type="pil")[0]
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels, from the CPU where the card has no room for the VAE beside what is trained: slow, but a picture."""
+        try:
+            return decode_latents(self._pipe.vae.to(self._decodes_on), latents.to(self._decodes_on))
+        except torch.OutOfMemoryError:
+            if self._decodes_on.type == "cpu":
+                raise
+        logger.warning("Previews are decoded on the CPU: the card has no room for the VAE beside the training.")
+        self._decodes_on = torch.device("cpu")
+        self._pipe.vae.to("cpu")
+        torch.cuda.empty_cache()
+        return self._decode(latents)
 
     def strip(self) -> Path | None:
         """At the end: one picture with a row for each prompt and a column for each time; None if there was only one."""

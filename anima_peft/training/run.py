@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -39,8 +38,11 @@ from .metadata import RunFacts, dataset_metadata, training_metadata
 from .network import add_network, hash_merged, load_base, require_weights
 from .optimizers import needs_card
 from .outputs import Outputs, is_final_state, require_free, resolve_folder
+from .overview import held_out_note, overview, overview_text, run_facts
 from .prepare import prepare_model, prepare_parts
 from .previews import Previews
+from .record import Record
+from .report import reporting
 from .requests import Requests
 from .samples import Samples, planned_steps, prepare_held_out, prepare_samples, steps_of_epoch
 from .saving import Saver
@@ -56,6 +58,7 @@ from .state import (
     settle,
     warn_of_changes,
 )
+from .tracking import log_picture, make_trackers, place_of_logs, record_of, start_tracking
 from .validation import Validation
 from .watch import run_watched
 
@@ -79,6 +82,7 @@ class Result:
         log_folder: where TensorBoard's files are, if it was on.
         comparison: grid of pictures without and with the adapter, if `compare_prompts` asked for one.
         previews: the pictures of `sample_prompts` over time in one, if there were several times.
+        report: the page about the run.
     """
 
     adapter: Path
@@ -87,6 +91,7 @@ class Result:
     log_folder: Path | None
     comparison: Path | None
     previews: Path | None
+    report: Path
 
 
 def train(config: RunConfig) -> Result:  # long by its steps: one call each, in the order in which they happen
@@ -102,9 +107,9 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
     """
     options, now = config.train, datetime.now()
     outputs = Outputs(resolve_folder(options.save.output_dir, now), options.save.output_name)
-    log_root = Path(options.log.logging_dir) if options.log.logging_dir else outputs.folder / "logs"
+    logs, record = place_of_logs(config, outputs.folder, now), Record(outputs.record)
     requests = Requests(outputs)
-    with engine(options, log_root) as accelerator:
+    with engine(options, make_trackers(config, logs, record)) as accelerator, reporting(record, outputs):
         resume = _resume_from(options.save.resume, outputs)
         progress = read_progress(resume) if resume else Progress()
         continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
@@ -115,7 +120,7 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         require_writable("output_dir", outputs.folder)
         requests.forget_earlier()
         if options.log.log_with != "none":
-            require_writable("logging_dir", log_root)
+            require_writable("logging_dir", logs.root)
         for warning in config.warnings:
             logger.warning(warning)
         dtype = DTYPES[options.loop.mixed_precision]
@@ -170,9 +175,6 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             seed = config.datasets[held_out[0].dataset_index].validation_seed
             measured = prepare_held_out(options, held_out, sources.vae, hashes.vae, text, seed=seed)
             validation = _validation(accelerator, model, measured, options)
-            logger.warning("%d pictures are held out for validation and not trained on.", len(held_out))
-        if accelerator.is_main_process:
-            print(summary(pictures, facts.total_steps, options.loop.gradient_accumulation_steps, samples.notes))
         previews = _previews(config, accelerator, model, sources, outputs, dtype)
         prepare_model(model, options, accelerator)
         parts = prepare_parts(accelerator, options, model, parameters, samples, sampler, facts.total_steps)
@@ -183,15 +185,21 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         metadata = partial(training_metadata, options, dataset_metadata(pictures), facts, config.summary)
         saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
         saver.drop_old()
-        log_folder = _start_tracking(accelerator, options, log_root, now)
+        about = overview(options, facts, parts.parameters, model, accelerator.device, outputs)
+        if accelerator.is_main_process:
+            accumulation = options.loop.gradient_accumulation_steps
+            notes = [*samples.notes, *held_out_note(held_out)]
+            print(overview_text(about), summary(pictures, facts.total_steps, accumulation, notes), sep="\n\n")
+            record.begin(progress.step, run_facts(config, pictures, facts, about, notes), continued=continued)
+        log_folder = start_tracking(accelerator, logs, options.log.log_with)
         run_watched(
             accelerator, options, parts, progress, facts, saver, requests, samples.dataset, previews, validation
         )
         with parts.average.in_place():
             learned = relative_delta(model.components, ADAPTER_NAME)
         strip = previews.strip() if previews is not None else None
-        comparison = _compare(accelerator, options, model, sources, outputs, dtype)
-    return Result(outputs.final, progress.step, learned, log_folder, comparison, strip)
+        comparison = _compare(accelerator, options, model, sources, outputs, dtype, progress.step)
+    return Result(outputs.final, progress.step, learned, log_folder, comparison, strip, outputs.report)
 
 
 def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
@@ -280,17 +288,6 @@ def _saver(
     )
 
 
-def _start_tracking(accelerator: Accelerator, options: TrainOptions, root: Path, now: datetime) -> Path | None:
-    """Open the log; returns `<logging_dir>/<log_prefix><output_name>_YYYYMMDD_HHMMSS_ffffff`."""
-    if options.log.log_with == "none":
-        return None
-    name = f"{options.log.log_prefix or ''}{options.save.output_name}_{now:%Y%m%d_%H%M%S_%f}"
-    if accelerator.is_main_process:
-        root.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(name)
-    return root / name
-
-
 def _requests(lines: Sequence[PromptLine], seed: int) -> list[Request]:
     """What to draw; lines without a seed get the run's, so that pictures of one line can be compared."""
     return [
@@ -346,6 +343,7 @@ def _compare(
     sources: ModelSources,
     outputs: Outputs,
     dtype: torch.dtype,
+    step: int,
 ) -> Path | None:
     """The pictures that `compare_prompts` asks for, in the folder and in the log."""
     lines = options.log.compare_prompts
@@ -360,7 +358,8 @@ def _compare(
         logger.warning("The adapter is saved; there was no memory to draw compare_prompts (%s).", error)
         return None
     with Image.open(grid) as picture:
-        pixels = np.asarray(picture)[None]
-    for tracker in accelerator.trackers:
-        tracker.log_images({"without and with the adapter": pixels}, step=0, dataformats="NHWC")
+        log_picture(accelerator, "without and with the adapter", picture, step)
+    for number, request in enumerate(requests, start=1):
+        pair = outputs.compared(number, "without"), outputs.compared(number, "with")
+        record_of(accelerator).compared(request.prompt, *pair)
     return grid

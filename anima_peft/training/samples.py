@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from ..data.caching import plan_masks
 from ..data.caption_choice import CaptionChoice, captions_of_run
 from ..data.dataset import BucketBatchSampler, CachedDataset, SampleKey, SampleTable
 from ..data.pictures import Picture
+from ..terminal import progress_bar
 from .encoding import TextModels, cache_captions, cache_latents, latent_encoder, report_cut_captions
 from .live import LiveEncoders
 from .prepare import noise_sampler, sigma_sampler
@@ -56,7 +55,7 @@ def batches_of_run(sampler: BucketBatchSampler, batches_per_step: int, total_ste
     steps_per_epoch = -(-len(sampler) // batches_per_step)
     epochs = range(-(-total_steps // steps_per_epoch))
     # A bar only where it takes long: a million samples take about 15 seconds.
-    for epoch in tqdm(epochs, desc="choosing captions", unit="epoch", delay=2, leave=False):
+    for epoch in progress_bar(epochs, desc="choosing captions", unit="epoch", delay=2, leave=False):
         yield from sampler.batches(epoch)
 
 

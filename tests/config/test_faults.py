@@ -88,7 +88,9 @@ TRAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer_type": "torch.nn.Linear"}, "optimizer_type: torch.nn.Linear is no torch.optim.Optimizer"),
     ({"lr_scheduler": "piecewise_constant"}, 'lr_scheduler: "piecewise_constant" needs step rules'),
     ({"mixed_precision": "fp8"}, 'mixed_precision: expected one of "no", "fp16", "bf16", got "fp8"'),
-    ({"log_with": "wandb"}, 'log_with: "wandb" is not supported in this version; use "tensorboard"'),
+    ({"log_with": "comet"}, 'log_with: expected one of "tensorboard", "wandb", "all", "none", got "comet"'),
+    ({"wandb_api_key": "0123"}, 'wandb_api_key: has no effect with log_with = "tensorboard"'),
+    ({"log_with": "all", "log_tracker_config": "no such.toml"}, "log_tracker_config: no such.toml: cannot be read"),
     # file names
     ({"output_name": "a/b"}, 'output_name: expected a file name without "/", got "a/b"'),
     ({"output_name": 'a"<\n'}, r'output_name: expected a file name without "\n" """ "<"'),

@@ -186,3 +186,11 @@ def test_arguments_are_read_back(load_with, targets: list[str]) -> None:
 )
 def test_prompts_are_read_back(line: PromptLine) -> None:
     assert parse_prompt_line(prompt_text(line)) == line
+
+
+def test_a_secret_is_written_nowhere(load_with) -> None:
+    key = "f00d" * 10
+    run = load_with({"log_with": "wandb", "wandb_api_key": key})
+    assert run.train.log.wandb_api_key == key
+    assert "# wandb_api_key: train args, and not written here" in run.resolved.splitlines()
+    assert key not in f"{run.resolved} {run.summary} {run.values} {run!r}"

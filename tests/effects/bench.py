@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from anima_peft.models.sources import ModelSources
 from anima_peft.training import prepare, samples, watch
 from anima_peft.training import run as training
 from anima_peft.transformer import AnimaTransformerModel
+from tests.wandb_stand_in import WandbStandIn
 
 DIFFERS = object()
 """In place of both values: that they differ is all there is to say."""
@@ -101,6 +103,7 @@ class Recorded:
     requests: list[Request] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     compiler: str = ""
+    wandb: WandbStandIn = field(default_factory=WandbStandIn)
 
 
 @dataclass
@@ -122,6 +125,7 @@ class Built:
             for name, stand_in in _stand_ins(seen, self.folder).items():
                 room = _rooms()[name]
                 stack.enter_context(mock.patch.object(room, name, stand_in))
+            stack.enter_context(mock.patch.dict(sys.modules, {"wandb": seen.wandb}))
             handler = _Listener(seen.warnings)
             logger = logging.getLogger("anima_peft")
             logger.addHandler(handler)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from .bench import Built, Effect
 
+WANDB = ("--log_with", "wandb")
 LOGGED = ("--log_with", "tensorboard")
-PROMPTS, TWO = (str(Path(__file__).with_name(name)) for name in ("prompts.txt", "two_prompts.txt"))
+PROMPTS, TWO, TRACKER = (
+    str(Path(__file__).with_name(name)) for name in ("prompts.txt", "two_prompts.txt", "tracker.toml")
+)
 HELD_OUT = ("--validation_split", "0.5")
 AT_FIRST = ("--sample_prompts", PROMPTS, "--sample_at_first")
 
@@ -24,6 +28,11 @@ def _logged(built: Built) -> list[tuple[int, float]]:
     events = EventAccumulator(str(built.result.log_folder)).Reload()
     tag = "validation/loss"
     return [(e.step, e.value) for e in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def told(name: str) -> Callable[[Built], object]:
+    """What wandb.init was given."""
+    return lambda built: built.seen.wandb.arguments[name]
 
 
 def measured(built: Built) -> list[int]:
@@ -50,6 +59,16 @@ EFFECTS = {
         True,
         LOGGED,
     ),
+    "log_tracker_name": Effect(("--log_tracker_name", "mine"), told("project"), "anima_peft", "mine", WANDB),
+    "wandb_run_name": Effect(
+        ("--wandb_run_name", "third try"),
+        lambda built: built.seen.wandb.arguments["name"].startswith("test_2"),
+        True,
+        False,
+        WANDB,
+    ),
+    "wandb_api_key": Effect(("--wandb_api_key", "0" * 40), told("key"), None, "0" * 40, WANDB),
+    "log_tracker_config": Effect(("--log_tracker_config", TRACKER), told("tags"), None, ["a tag"], WANDB),
     "sample_prompts": Effect(("--sample_prompts", TWO), previews, ["00-01"], ["00-01", "00-02"], AT_FIRST),
     "sample_every_n_steps": Effect(
         ("--sample_every_n_steps", "2"), previews, ["00-01"], ["00-01", "02-01", "04-01"], AT_FIRST

@@ -85,6 +85,8 @@ def test_a_signal_ends_with_the_step_saved(
     assert signal.getsignal(number) is before
     assert sorted(path.name for path in (tmp_path / "output").iterdir()) == [
         "test-config.toml",
+        "test-log.jsonl",
+        "test-report.html",
         "test-step00000002-state",
         "test-step00000002.safetensors",
     ]
@@ -130,7 +132,8 @@ def test_a_signal_at_the_last_step_ends_after_it(
                 train(configure("--max_train_steps", "2", "--overwrite"))
         assert end.value.exit_code == 143
         assert same_tensors(plain.adapter, tmp_path / "output" / "test.safetensors")
-        assert sorted(p.name for p in (tmp_path / "output").iterdir()) == ["test-config.toml", "test.safetensors"]
+        left = ["test-config.toml", "test-log.jsonl", "test-report.html", "test.safetensors"]
+        assert sorted(p.name for p in (tmp_path / "output").iterdir()) == left
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
@@ -255,7 +258,9 @@ def test_weights_of_half_a_step_are_not_saved(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises(TrainingError, match=r"ran out of memory(.|\n)*not saved"):
         train(configure("--max_train_steps", "3", "--optimizer_type", "AdamW"))
-    assert not list(tmp_path.glob("output/*"))
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["test-log.jsonl", "test-report.html"]
+    monkeypatch.undo()
+    train(configure("--max_train_steps", "1"))  # these two stop nobody: nothing was saved
 
 
 def test_a_cache_file_that_is_gone_costs_no_step(

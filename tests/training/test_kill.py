@@ -151,7 +151,7 @@ class Killing:
         return sorted(
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")
-            if "logs" not in path.relative_to(folder).parts
+            if "logs" not in path.relative_to(folder).parts and not path.name.endswith("-report.html")
         )
 
     @staticmethod

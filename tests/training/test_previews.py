@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,3 +139,30 @@ def test_a_file_in_the_runs_folder_asks_for_previews(
     drawn = sorted(path.name for path in (result.adapter.parent / "sample").iterdir())
     assert drawn == ["test-step00000002-01.png", "test-step00000002-02.png"]
     assert not (result.adapter.parent / "test-preview.txt").exists()
+
+
+def test_a_full_card_leaves_decoding_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device "meta" stands for a card without room."""
+    places: list[str] = []
+
+    class Vae:
+        def to(self, device: torch.device | str) -> Vae:
+            places.append(str(device))
+            return self
+
+    def decode(vae: Vae, latents: torch.Tensor) -> torch.Tensor:
+        if latents.device.type == "meta":
+            raise torch.OutOfMemoryError
+        return latents + 1
+
+    monkeypatch.setattr(previews, "decode_latents", decode)
+    drawing = object.__new__(previews.Previews)
+    drawing._pipe, drawing._decodes_on = SimpleNamespace(vae=Vae()), torch.device("meta")  # type: ignore[assignment]
+    latents = torch.zeros(1, 16, 2, 2)
+    assert torch.equal(drawing._decode(latents), latents + 1)
+    assert places[-1] == "cpu"
+    assert torch.equal(drawing._decode(latents), latents + 1)  # the card is not tried again
+    assert places.count("meta") == 1
+    assert caplog.text.count("Previews are decoded on the CPU") == 1

@@ -43,6 +43,8 @@ def test_a_run_leaves_its_files_and_nothing_else(configure: Configure, tmp_path:
         "test-000003.safetensors",
         "test-000004.safetensors",
         "test-config.toml",
+        "test-log.jsonl",
+        "test-report.html",
         "test-step00000005.safetensors",
         "test-step00000010.safetensors",
         "test.safetensors",

@@ -1,0 +1,37 @@
+"""Writes the page about a run from its record: while the run is at work, after it, or after it has crashed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import InputError
+
+
+def report_command(argv: Sequence[str]) -> None:
+    """Write the report that the command line asks for, and print its path.
+
+    Raises:
+        InputError: the folder holds no record, or several and none was named.
+    """
+    parser = argparse.ArgumentParser(prog="anima-peft report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of the run")
+    parser.add_argument("--name", help="output_name of the run, where the folder has several")
+    arguments = parser.parse_args(argv)
+    from .training.outputs import RECORD_SUFFIX, Outputs
+    from .training.report import write_report
+
+    if not arguments.run.is_dir():
+        raise InputError(f"{arguments.run}: no such folder; expected the output_dir of a run")
+    names = sorted(path.name.removesuffix(RECORD_SUFFIX) for path in arguments.run.glob(f"*{RECORD_SUFFIX}"))
+    if arguments.name is not None and arguments.name not in names:
+        there = f"there are {', '.join(names)}" if names else "there is none"
+        raise InputError(f"--name: {arguments.run} has no {arguments.name}{RECORD_SUFFIX}; {there}")
+    if not names:
+        raise InputError(
+            f"{arguments.run}: no record of a run (<output_name>{RECORD_SUFFIX}); one is begun with the first step"
+        )
+    if arguments.name is None and len(names) > 1:
+        raise InputError(f"{arguments.run}: several runs; choose one by --name: {', '.join(names)}")
+    print(write_report(Outputs(arguments.run, arguments.name or names[0])))
