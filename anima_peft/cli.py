@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "inspect": _inspect,
         "convert": _convert,
+        "merge": _merge,
+        "extract": _extract,
+        "resize": _resize,
         "check": _check,
         "miniature": _miniature,
         "miniature-score": _miniature_score,
@@ -36,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers.add_parser("generate", help="draw pictures, with or without adapters", add_help=False)
     subparsers.add_parser("inspect", help="say what is in adapter files", add_help=False)
     subparsers.add_parser("convert", help="write an adapter file in another style", add_help=False)
+    subparsers.add_parser("merge", help="adapters into one, or into a checkpoint", add_help=False)
+    subparsers.add_parser("extract", help="an adapter out of two checkpoints", add_help=False)
+    subparsers.add_parser("resize", help="an adapter of lower rank", add_help=False)
     subparsers.add_parser("check", help="look a dataset over before training", add_help=False)
     subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
     subparsers.add_parser("miniature-score", help="what an adapter has taught the small Anima", add_help=False)
@@ -133,6 +139,24 @@ def _convert(argv: Sequence[str]) -> None:
     from .adapter_commands import convert_command
 
     convert_command(argv)
+
+
+def _merge(argv: Sequence[str]) -> None:
+    from .merge_command import merge_command
+
+    merge_command(argv)
+
+
+def _extract(argv: Sequence[str]) -> None:
+    from .extract_command import extract_command
+
+    extract_command(argv)
+
+
+def _resize(argv: Sequence[str]) -> None:
+    from .resize_command import resize_command
+
+    resize_command(argv)
 
 
 def _check(argv: Sequence[str]) -> None:
