@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "merge": _merge,
         "extract": _extract,
         "resize": _resize,
+        "share": _share,
+        "download": _download,
         "check": _check,
         "miniature": _miniature,
         "miniature-score": _miniature_score,
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers.add_parser("merge", help="adapters into one, or into a checkpoint", add_help=False)
     subparsers.add_parser("extract", help="an adapter out of two checkpoints", add_help=False)
     subparsers.add_parser("resize", help="an adapter of lower rank", add_help=False)
+    subparsers.add_parser("share", help="push an adapter with a model card to a hub", add_help=False)
+    subparsers.add_parser("download", help="fetch the model or its tokenizers", add_help=False)
     subparsers.add_parser("check", help="look a dataset over before training", add_help=False)
     subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
     subparsers.add_parser("miniature-score", help="what an adapter has taught the small Anima", add_help=False)
@@ -157,6 +161,18 @@ def _resize(argv: Sequence[str]) -> None:
     from .resize_command import resize_command
 
     resize_command(argv)
+
+
+def _share(argv: Sequence[str]) -> None:
+    from .share_command import share_command
+
+    share_command(argv)
+
+
+def _download(argv: Sequence[str]) -> None:
+    from .download_command import download_command
+
+    download_command(argv)
 
 
 def _check(argv: Sequence[str]) -> None:

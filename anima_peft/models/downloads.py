@@ -126,7 +126,7 @@ def _from_hugging_face(kind: TokenizerKind, source: HubFolder, folder: Path) -> 
             fetched[wanted[path]] = file
         return fetched
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
-        raise _NotFetchedError(_cause(error)) from error
+        raise _NotFetchedError(cause_of(error)) from error
 
 
 def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Mapping[str, Path]:
@@ -135,7 +135,7 @@ def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Ma
 
     wanted = {name: str(PurePosixPath(source.subfolder, name)) for name in kind.files}
     try:
-        with _quiet("modelscope", "modelscope_hub"):
+        with quiet("modelscope", "modelscope_hub"):
             snapshot_download(
                 source.repo_id,
                 revision=source.revision or "master",
@@ -143,7 +143,7 @@ def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Ma
                 allow_patterns=[glob.escape(path) for path in wanted.values()],
             )
     except Exception as error:  # modelscope's releases have no base class in common
-        raise _NotFetchedError(_cause(error)) from error
+        raise _NotFetchedError(cause_of(error)) from error
     fetched = {name: folder / path for name, path in wanted.items() if (folder / path).is_file()}
     _require_enough(kind, source, list(fetched))
     return fetched
@@ -156,17 +156,17 @@ _FETCH: Mapping[Hub, Callable[[TokenizerKind, HubFolder, Path], Mapping[str, Pat
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
     """Without the libraries' logs, which repeat a server's answer as it is: with the token, if the server echoes it."""
     loggers = [logging.getLogger(name) for name in names]
-    levels = [quiet.level for quiet in loggers]
-    for quiet in loggers:
-        quiet.setLevel(logging.CRITICAL)
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for quiet, level in zip(loggers, levels, strict=True):
-            quiet.setLevel(level)
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _require_enough(
@@ -220,7 +220,7 @@ def _move_in(files: Sequence[Path], folder: Path) -> None:
             file.replace(folder / file.name)
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """A library's error in one line, without the user's tokens, which a server may echo."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # it wraps what happened in advice about caches
