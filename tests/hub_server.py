@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         path = unquote(url.path)
-        if path.startswith("/api/v1/models/"):
+        if path.startswith(("/api/v1/models/", "/openapi/v1/models/")):
             hub, file = "ms", query.get("FilePath")
         else:
             hub, file = "hf", path.partition(f"/resolve/{COMMIT}/")[2] or None
@@ -92,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(HTML)
         if hub in state.absent:
             return self.answer("{}", status=404, headers={"X-Error-Code": "RepoNotFound"})
+        if path.startswith("/openapi/"):
+            return self.answer(json.dumps({"success": True, "data": {"path": "owner", "name": "name"}}))
         if file is None:
             return self.answer(
                 json.dumps(self.hugging_face() if hub == "hf" else self.modelscope(query.get("Root", "")))
@@ -199,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if half else body)
         if half:
             self.close_connection = True

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -92,7 +93,7 @@ def model_card(card: Card) -> str:
 
 def _front_matter(card: Card) -> str:
     tags = ["text-to-image", "anima", card.kind, "template:diffusion-lora"]
-    known = {
+    known: dict[str, Any] = {
         "license": card.license,
         "license_name": card.license_name,
         "license_link": card.license_link,
@@ -109,10 +110,7 @@ def _front_matter(card: Card) -> str:
         {"text": example.prompt or " ", "output": {"url": f"{PICTURE_FOLDER}/{example.file}"}}
         for example in card.examples
     ]
-    data = ModelCardData(**{key: value for key, value in known.items() if value})
-    if widget:
-        data.widget = widget
-    return data.to_yaml()
+    return ModelCardData(**{key: value for key, value in (known | {"widget": widget}).items() if value}).to_yaml()
 
 
 def _body(card: Card) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -72,9 +73,9 @@ def write_folder(folder: Path, card: Card, adapter: Path, pictures: Sequence[tup
     Raises:
         OSError: the folder cannot be written.
     """
-    write_atomically(folder / card.file, lambda temporary: shutil.copyfile(adapter, temporary))
+    write_atomically(folder / card.file, partial(shutil.copyfile, adapter))
     for (picture, _), example in zip(pictures, card.examples, strict=True):
         target = folder / PICTURE_FOLDER / example.file
-        write_atomically(target, lambda temporary, source=picture: shutil.copyfile(source, temporary))
+        write_atomically(target, partial(shutil.copyfile, picture))
     text = model_card(card)
     write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))

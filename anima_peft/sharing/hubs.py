@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HTTPError  # that of httpx or its successor
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError: that of httpx or its successor
 
 from ..errors import InputError, TrainingError
 from ..models.downloads import cause_of, quiet
@@ -38,7 +38,7 @@ class _RefusedError(Exception):
 
 
 def push(folder: Path, repo_id: str, hub: Hub, *, private: bool, license: str, overwrite: bool) -> Pushed:
-    """Make the repo if it is not there, and put the folder's files into it in one commit.
+    """Make the repo if it is not there, and put the folder's files into it.
 
     The token is the hub's own: `HF_TOKEN` or `hf auth login`; `MODELSCOPE_API_TOKEN` or `modelscope login`. It is
     shown nowhere.
@@ -61,12 +61,9 @@ def push(folder: Path, repo_id: str, hub: Hub, *, private: bool, license: str, o
     try:
         return _PUSH[hub](folder, repo_id, private, license, _Conflicts(repo_id, hub, files, overwrite))
     except _RefusedError as error:
-        login = (
-            "`hf auth login` or HF_TOKEN" if hub is Hub.HUGGING_FACE else "MODELSCOPE_API_TOKEN or `modelscope login`"
-        )
         raise TrainingError(
-            f"{hub} does not take {repo_id}: {error}. It needs a token with write access ({login}); running the same "
-            "command again goes on."
+            f"{hub} does not take {repo_id}: {error}. It needs a token with write access ({_LOGINS[hub]}); the same "
+            "command may be run again."
         ) from error
 
 
@@ -94,11 +91,13 @@ def _to_hugging_face(folder: Path, repo_id: str, private: bool, license: str, co
         raise InputError("no token for Hugging Face: run `hf auth login` or set HF_TOKEN to one with write access.")
     try:
         api = HfApi()
-        created = not api.repo_exists(repo_id)
-        if created:
+        try:
+            there = api.model_info(repo_id).siblings
+            conflicts.check([file.rfilename for file in there or []])
+            created = False
+        except RepositoryNotFoundError:
             api.create_repo(repo_id, private=private)
-        else:
-            conflicts.check(api.list_repo_files(repo_id))
+            created = True
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=_MESSAGE)
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
         if isinstance(error, InputError):
