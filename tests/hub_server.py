@@ -6,12 +6,17 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import modelscope_hub.config
+import pytest
 from huggingface_hub.utils.sha import git_hash
 
 COMMIT = "c0ffee" + "0" * 34
@@ -45,6 +50,31 @@ class HubServer:
     absent: set[str] = field(default_factory=set)
     created: dict[str, dict[str, object]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+
+
+def alone(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Both libraries online, with tokens of their own, without waiting, and with what they keep in `folder`."""
+    for variable in ("MODELSCOPE_HOME", "MODELSCOPE_CACHE"):
+        monkeypatch.setenv(variable, str(folder / "modelscope"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-secret")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(modelscope_hub.config, "_default_config", None)
+    # time-outs and retries of both libraries: none of them is waited for
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for module, name, value in (
+        ("_download", "DOWNLOAD_RETRY_TIMES", 0),
+        ("_download", "DOWNLOAD_HASH_RETRY_TIMES", 1),
+        ("_download", "DOWNLOAD_SIZE_RETRY_TIMES", 1),
+        ("_legacy_api", "REPO_TREE_PAGE_MAX_ATTEMPTS", 1),
+        ("_legacy_api", "REPO_TREE_PAGE_TIMEOUT_SECONDS", 0.3),
+        ("_upload", "UPLOAD_COMMIT_MAX_ATTEMPTS", 1),
+        ("_upload", "UPLOAD_BLOB_MAX_ATTEMPTS", 1),
+        ("_upload", "UPLOAD_RECOVERY_ENABLED", False),
+    ):
+        monkeypatch.setattr(f"modelscope_hub.{module}.{name}", value)
 
 
 @contextmanager
@@ -127,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "PUT":
             state.blobs[path.rpartition("/")[2]] = body
             return self.answer("")
+        if create and hub not in state.absent:
+            return self.answer(json.dumps({"error": "exists", "Message": "repo already exists"}), status=409)
         if create:
             state.created[hub] = json.loads(body)
             state.absent.discard(hub)

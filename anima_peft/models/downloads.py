@@ -220,8 +220,8 @@ def _move_in(files: Sequence[Path], folder: Path) -> None:
 
 def cause_of(error: BaseException) -> str:
     """A library's error in one line, without the user's tokens, which a server may echo."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # it wraps what happened in advice about caches
+    if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
+        error = error.__cause__  # these wrap what happened in words that say less
     if isinstance(error, json.JSONDecodeError):
         return "the hub answered with something else than JSON, such as the page of a proxy or a login"
     text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -95,19 +95,19 @@ def _front_matter(card: Card) -> str:
     tags = ["text-to-image", "anima", card.kind, "template:diffusion-lora"]
     known: dict[str, Any] = {
         "license": card.license,
-        "license_name": card.license_name,
+        "license_name": _plain(card.license_name),
         "license_link": card.license_link,
         "base_model": card.base_model,
         "base_model_relation": "adapter",
         "pipeline_tag": "text-to-image",
         "library_name": "diffusers",
-        "instance_prompt": card.trigger,
+        "instance_prompt": _plain(card.trigger),
         "tags": tags,
     }
     if card.hub is Hub.MODELSCOPE:
         known["tasks"] = ["text-to-image-synthesis"]
     widget = [
-        {"text": example.prompt or " ", "output": {"url": f"{PICTURE_FOLDER}/{example.file}"}}
+        {"text": _plain(example.prompt) or " ", "output": {"url": f"{PICTURE_FOLDER}/{example.file}"}}
         for example in card.examples
     ]
     return ModelCardData(**{key: value for key, value in (known | {"widget": widget}).items() if value}).to_yaml()
