@@ -19,6 +19,9 @@ from anima_peft.sharing.card import Card, Example, escaped, model_card
 from tests.adapters.commanding import contents, run, tensor_file
 from tests.hub_server import HubServer, alone, hub_server
 
+# huggingface_hub 2.4 hands files to httpx in a way that httpx deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 STEM = "lora_unet_blocks_0_self_attn_q_proj"
 LORA = {f"{STEM}.lora_down.weight": torch.ones(2, 64), f"{STEM}.lora_up.weight": torch.ones(64, 2)}
 TEXT = {"ss_steps": "100", "ss_dataset_dirs": "C:/私/pictures", "modelspec.title": "My | <title>"}
