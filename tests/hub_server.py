@@ -52,8 +52,8 @@ class HubServer:
     blobs: dict[str, bytes] = field(default_factory=dict)
 
 
-def alone(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Both libraries online, with tokens of their own, without waiting, and with what they keep in `folder`."""
+def alone(monkeypatch: pytest.MonkeyPatch, folder: Path, timeout: float = 60.0) -> None:
+    """Both libraries online, with tokens of their own, without pauses, and with what they keep in `folder`."""
     for variable in ("MODELSCOPE_HOME", "MODELSCOPE_CACHE"):
         monkeypatch.setenv(variable, str(folder / "modelscope"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -62,14 +62,13 @@ def alone(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(modelscope_hub.config, "_default_config", None)
-    # time-outs and retries of both libraries: none of them is waited for
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for module, name, value in (
         ("_download", "DOWNLOAD_RETRY_TIMES", 0),
         ("_download", "DOWNLOAD_HASH_RETRY_TIMES", 1),
         ("_download", "DOWNLOAD_SIZE_RETRY_TIMES", 1),
         ("_legacy_api", "REPO_TREE_PAGE_MAX_ATTEMPTS", 1),
-        ("_legacy_api", "REPO_TREE_PAGE_TIMEOUT_SECONDS", 0.3),
+        ("_legacy_api", "REPO_TREE_PAGE_TIMEOUT_SECONDS", timeout),
         ("_upload", "UPLOAD_COMMIT_MAX_ATTEMPTS", 1),
         ("_upload", "UPLOAD_BLOB_MAX_ATTEMPTS", 1),
         ("_upload", "UPLOAD_RECOVERY_ENABLED", False),

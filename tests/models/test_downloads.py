@@ -31,7 +31,7 @@ def hubs(miniature: MiniatureFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files = {f"tokenizer/{file.name}": file.read_bytes() for file in miniature.t5_tokenizer.iterdir()}
     files |= {file.name: file.read_bytes() for file in miniature.tokenizer.iterdir()}
     files |= {"model.safetensors": b"large", "../tokenizer.json": b"{}", "tokenizer/../../config.json": b"{}"}
-    alone(monkeypatch, tmp_path)
+    alone(monkeypatch, tmp_path, timeout=0.3)  # hubs that do not answer are not waited for
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.setattr(downloads, "_TIMEOUT", 0.3)
     with hub_server({"hf": dict(files), "ms": dict(files)}) as server:

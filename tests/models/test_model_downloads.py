@@ -28,7 +28,6 @@ NAMES = ["anima-base-v1.0.safetensors", "qwen_3_06b_base.safetensors", "qwen_ima
 def hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Both hubs with ComfyUI's files."""
     alone(monkeypatch, tmp_path / "libraries")
-    monkeypatch.setattr(model_downloads, "_TIMEOUT", 0.3)
     with hub_server({"hf": dict(SINGLE), "ms": dict(SINGLE)}) as server:
         for module in (downloads, model_downloads):
             monkeypatch.setattr(module, "HfApi", functools.partial(HfApi, endpoint=server.url))

@@ -54,12 +54,14 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
-@pytest.mark.parametrize("visibility", ["--public", "--private", None])
+@pytest.mark.parametrize(
+    ("hub", "visibility"),
+    [("huggingface", None), ("huggingface", "--public"), ("modelscope", None), ("modelscope", "--public")],
+)
 def test_pushed(
     hub: str, visibility: str | None, server: HubServer, adapter: Path, pictures: Path, capfd, caplog
 ) -> None:
-    options = [] if visibility is None else [visibility]
+    options = ["--private"] if visibility is None and hub == "modelscope" else [visibility] if visibility else []
     prompts = ["--prompts", "1girl, *solo*", "two\nlines"]
     arguments = ["share", adapter, "--repo", "o/r", "--license", "mit", "--hub", hub, "--images", pictures]
     assert run(*arguments, *prompts, *options) == 0
