@@ -5,17 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
-
 from .adapters.conversion import NEGLIGIBLE, Conversion, convert
 from .adapters.inspection import as_json, as_text, inspect_adapter, shown
-from .adapters.naming import ModuleTable
 from .adapters.writing import FOLDING, FORMATS
+from .command_parts import DTYPES, MODEL_HELP, table_at
 from .errors import InputError
-from .transformer import AnimaTransformerModel
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MODEL_HELP = "Anima single file or diffusers folder, to check the sizes against"
 
 
 def inspect_command(argv: Sequence[str]) -> None:
@@ -32,10 +26,10 @@ def inspect_command(argv: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="adapter file, folder, or hub repo id")
-    parser.add_argument("--model", metavar="PATH", help=_MODEL_HELP)
+    parser.add_argument("--model", metavar="PATH", help=MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, one object per file")
     arguments = parser.parse_args(argv)
-    table = _table(arguments.model)
+    table = table_at(arguments.model)
     refused = []
     for file in arguments.files:
         found = inspect_adapter(file, table)
@@ -69,16 +63,16 @@ def convert_command(argv: Sequence[str]) -> None:
         help="kohya: sd-scripts, ComfyUI, Forge; comfy: diffusion_model.… with the scale folded in; diffusers: stock "
         "diffusers; comfy-hybrid and original: kohya's parts under native names",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the factors; unset, as they are")
-    parser.add_argument("--model", metavar="PATH", help=f"{_MODEL_HELP}; needed for absolute norms")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the factors; unset, as they are")
+    parser.add_argument("--model", metavar="PATH", help=f"{MODEL_HELP}; needed for absolute norms")
     parser.add_argument("--overwrite", action="store_true", help="replace the new file if it exists")
     arguments = parser.parse_args(argv)
     done = convert(
         arguments.source,
         arguments.output,
         arguments.format,
-        dtype=_DTYPES.get(arguments.dtype),
-        table=_table(arguments.model),
+        dtype=DTYPES.get(arguments.dtype),
+        table=table_at(arguments.model),
         overwrite=arguments.overwrite,
     )
     print(f"{done.path}: {done.modules} modules")
@@ -94,10 +88,3 @@ def _price(done: Conversion, *, folded: bool, dtype: str | None) -> str:
     assert done.changed is not None
     what = "the scale was folded into rounded factors" if folded and dtype is None else "the factors were rounded"
     return f"{text} ({done.changed.native}): {what}; --dtype fp32 keeps them."
-
-
-def _table(model: str | None) -> ModuleTable | None:
-    """The modules of the model at `model`."""
-    if model is None:
-        return None
-    return ModuleTable(AnimaTransformerModel.from_pretrained(model).components)

@@ -27,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "inspect": _inspect,
         "convert": _convert,
+        "merge": _merge,
+        "extract": _extract,
+        "resize": _resize,
+        "share": _share,
+        "download": _download,
         "check": _check,
         "report": _report,
         "miniature": _miniature,
@@ -38,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers.add_parser("generate", help="draw pictures, with or without adapters", add_help=False)
     subparsers.add_parser("inspect", help="say what is in adapter files", add_help=False)
     subparsers.add_parser("convert", help="write an adapter file in another style", add_help=False)
+    subparsers.add_parser("merge", help="adapters into one, or into a checkpoint", add_help=False)
+    subparsers.add_parser("extract", help="an adapter out of two checkpoints", add_help=False)
+    subparsers.add_parser("resize", help="an adapter of lower rank", add_help=False)
+    subparsers.add_parser("share", help="push an adapter with a model card to a hub", add_help=False)
+    subparsers.add_parser("download", help="fetch the model or its tokenizers", add_help=False)
     subparsers.add_parser("check", help="look a dataset over before training", add_help=False)
     subparsers.add_parser("report", help="write the page about a run, also while it is at work", add_help=False)
     subparsers.add_parser("miniature", help="write a small Anima and pictures to try things out", add_help=False)
@@ -129,6 +139,36 @@ def _convert(argv: Sequence[str]) -> None:
     from .adapter_commands import convert_command
 
     convert_command(argv)
+
+
+def _merge(argv: Sequence[str]) -> None:
+    from .merge_command import merge_command
+
+    merge_command(argv)
+
+
+def _extract(argv: Sequence[str]) -> None:
+    from .extract_command import extract_command
+
+    extract_command(argv)
+
+
+def _resize(argv: Sequence[str]) -> None:
+    from .resize_command import resize_command
+
+    resize_command(argv)
+
+
+def _share(argv: Sequence[str]) -> None:
+    from .share_command import share_command
+
+    share_command(argv)
+
+
+def _download(argv: Sequence[str]) -> None:
+    from .download_command import download_command
+
+    download_command(argv)
 
 
 def _check(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .command_parts import DTYPES, adapter_and_strength
 from .errors import InputError
 from .files import require_writable
 from .generation import Request, draw, labelled_grid, save_picture
@@ -17,7 +18,6 @@ from .models.tokenizers import QWEN, T5
 from .pipeline import AnimaPipeline
 from .training.attention import require_attention, use_backend
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXAMPLES = """
 examples:
   anima-peft generate --model Anima-Base-v1.0-Diffusers --prompt "1girl, solo" --output_dir pictures
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:  # long by its flags, one stateme
             help=f"fetch what {kind.option} lacks from Hugging Face or ModelScope (default: on)",
         )
     model.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    model.add_argument("--dtype", choices=_DTYPES, help="default: bf16 on a graphics card, fp32 on the CPU")
+    model.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a graphics card, fp32 on the CPU")
     model.add_argument(
         "--attn_mode",
         choices=("torch", "flash", "xformers", "sage"),
@@ -102,7 +102,7 @@ def generate(argv: Sequence[str]) -> list[Path]:
         InputError: the model or an adapter cannot be loaded, a size is wrong, or a picture would be overwritten.
     """
     arguments = build_parser().parse_args(argv)
-    adapters = [_adapter(text) for text in arguments.adapter]
+    adapters = [adapter_and_strength(text, "--adapter") for text in arguments.adapter]
     if arguments.compare and not adapters:
         raise InputError("--compare has no effect without --adapter.")
     requests = _requests(arguments)
@@ -132,17 +132,6 @@ def generate(argv: Sequence[str]) -> list[Path]:
     save_picture(labelled_grid(drawn, labels, columns), grid)
     print(grid)
     return [path for row in files for path in row]
-
-
-def _adapter(text: str) -> tuple[str, float]:
-    """File or hub repo and strength of `FILE[=STRENGTH]`; a name that contains `=` and exists is a name."""
-    path, equals, strength = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
-    try:
-        return path, float(strength)
-    except ValueError:
-        raise InputError(f"--adapter {text}: expected FILE or FILE=STRENGTH, and {strength!r} is no number.") from None
 
 
 def _requests(arguments: argparse.Namespace) -> list[Request]:
@@ -182,7 +171,7 @@ def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
     device = _device(arguments.device)
     if arguments.offload and device.type == "cpu":
         raise InputError("--offload has no effect on the CPU: it frees a graphics card's memory.")
-    dtype = _DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    dtype = DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     require_attention(arguments.attn_mode, device, dtype)
     pipe = AnimaPipeline.from_sources(sources, torch_dtype=dtype)
     use_backend(pipe.transformer, pipe.text_conditioner, arguments.attn_mode)

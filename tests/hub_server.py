@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import modelscope_hub.config
+import pytest
 from huggingface_hub.utils.sha import git_hash
 
 COMMIT = "c0ffee" + "0" * 34
@@ -23,12 +29,16 @@ class HubServer:
 
     Attributes:
         files: hub ("hf" or "ms") -> path in the repo -> content.
-        faults: "hf list", "hf file", "ms list" or "ms file" -> what happens there: an HTTP status, "html" (a page with
+        faults: "hf list", "hf file", "ms list" or "ms file", and "create", "blob" or "commit" of an upload -> what
+            happens there: an HTTP status, "html" (a page with
             status 200), "half" (the connection ends in the middle), "hang" (no answer), "other" (other content than the
             listing says) or "redirect" (to where the file is).
         asked: method and address of every request.
         tokens: what came in `Authorization`.
         url: the server's address.
+        absent: hubs on which the repo is not there until it is made.
+        created: hub -> what was asked for when the repo was made.
+        blobs: what was uploaded outside of commits, by its SHA-256.
     """
 
     files: dict[str, dict[str, bytes]]
@@ -37,6 +47,33 @@ class HubServer:
     tokens: list[str | None] = field(default_factory=list)
     url: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
+    absent: set[str] = field(default_factory=set)
+    created: dict[str, dict[str, object]] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+
+
+def alone(monkeypatch: pytest.MonkeyPatch, folder: Path, timeout: float = 60.0) -> None:
+    """Both libraries online, with tokens of their own, without pauses, and with what they keep in `folder`."""
+    for variable in ("MODELSCOPE_HOME", "MODELSCOPE_CACHE"):
+        monkeypatch.setenv(variable, str(folder / "modelscope"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-secret")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(modelscope_hub.config, "_default_config", None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for module, name, value in (
+        ("_download", "DOWNLOAD_RETRY_TIMES", 0),
+        ("_download", "DOWNLOAD_HASH_RETRY_TIMES", 1),
+        ("_download", "DOWNLOAD_SIZE_RETRY_TIMES", 1),
+        ("_legacy_api", "REPO_TREE_PAGE_MAX_ATTEMPTS", 1),
+        ("_legacy_api", "REPO_TREE_PAGE_TIMEOUT_SECONDS", timeout),
+        ("_upload", "UPLOAD_COMMIT_MAX_ATTEMPTS", 1),
+        ("_upload", "UPLOAD_BLOB_MAX_ATTEMPTS", 1),
+        ("_upload", "UPLOAD_RECOVERY_ENABLED", False),
+    ):
+        monkeypatch.setattr(f"modelscope_hub.{module}.{name}", value)
 
 
 @contextmanager
@@ -68,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         path = unquote(url.path)
-        if path.startswith("/api/v1/models/"):
+        if path.startswith(("/api/v1/models/", "/openapi/v1/models/")):
             hub, file = "ms", query.get("FilePath")
         else:
             hub, file = "hf", path.partition(f"/resolve/{COMMIT}/")[2] or None
@@ -82,6 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if fault == "html":
             return self.answer(HTML)
+        if hub in state.absent:
+            return self.answer("{}", status=404, headers={"X-Error-Code": "RepoNotFound"})
+        if path.startswith("/openapi/"):
+            return self.answer(json.dumps({"success": True, "data": {"path": "owner", "name": "name"}}))
         if file is None:
             return self.answer(
                 json.dumps(self.hugging_face() if hub == "hf" else self.modelscope(query.get("Root", "")))
@@ -98,6 +139,70 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(content, headers=headers, half=fault == "half")
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """The calls of an upload: make a repo, ask how to send each file, send large ones, commit."""
+        state, path = self.state, urlsplit(self.path).path
+        state.asked.append(f"{self.command} {self.path}")
+        state.tokens.append(self.headers.get("Authorization"))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        hub = "ms" if path.startswith("/api/v1/") or path.startswith("/ms-blob/") else "hf"
+        create, commit = path in ("/api/repos/create", "/api/v1/models"), "/commit/" in path
+        place = "create" if create else "commit" if commit else "blob" if self.command == "PUT" else "other"
+        fault = state.faults.get(f"{hub} {place}")
+        if isinstance(fault, int):
+            token = self.headers.get("Authorization")
+            return self.answer(json.dumps({"error": f"refused {token}", "Message": f"refused {token}"}), status=fault)
+        if self.command == "PUT":
+            state.blobs[path.rpartition("/")[2]] = body
+            return self.answer("")
+        if create and hub not in state.absent:
+            return self.answer(json.dumps({"error": "exists", "Message": "repo already exists"}), status=409)
+        if create:
+            state.created[hub] = json.loads(body)
+            state.absent.discard(hub)
+        elif commit and hub == "hf":
+            self.commit_hugging_face(body)
+        elif commit:
+            self.commit_modelscope(json.loads(body))
+        elif path.endswith("/info/lfs/objects/batch"):
+            return self.answer(json.dumps(self.how_to_send(hub, json.loads(body))))
+        elif "/preupload/" in path:
+            files = [
+                {"path": f["path"], "uploadMode": _mode(f["path"]), "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer(json.dumps({"files": files}))
+        done = {"url": f"{state.url}/owner/name", "commitUrl": f"{state.url}/owner/name/commit/{COMMIT}"}
+        return self.answer(json.dumps(done | {"commitOid": COMMIT, "warnings": [], "Code": 200, "Data": {}}))
+
+    do_PUT = do_POST
+
+    def how_to_send(self, hub: str, asked: dict[str, list[dict[str, object]]]) -> dict[str, object]:
+        objects = [
+            {
+                "oid": o["oid"],
+                "size": o["size"],
+                "actions": {"upload": {"href": f"{self.state.url}/{hub}-blob/{o['oid']}"}},
+            }
+            for o in asked["objects"]
+        ]
+        return {"transfer": "basic", "objects": objects, "Code": 200, "Data": {"objects": objects}}
+
+    def commit_hugging_face(self, body: bytes) -> None:
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.state.files["hf"][value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                self.state.files["hf"][value["path"]] = self.state.blobs[value["oid"]]
+
+    def commit_modelscope(self, body: dict[str, list[dict[str, str]]]) -> None:
+        for action in body["actions"]:
+            large = action["type"] == "lfs"
+            content = self.state.blobs[action["sha256"]] if large else base64.b64decode(action["content"])
+            self.state.files["ms"][action["path"]] = content
 
     def hugging_face(self) -> dict[str, object]:
         siblings = [
@@ -127,13 +232,17 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if half else body)
         if half:
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def _mode(path: str) -> str:
+    return "lfs" if path.endswith((".safetensors", ".png")) else "regular"
 
 
 def _sha256(content: bytes) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from ..errors import InputError
 from ..files import save_tensors
-from .factors import Factors, FullDelta, LoraFactors, NormDelta, Weights, tensors_of
+from .factors import Factors, FullDelta, LoraFactors, NormDelta, Weights, converted, tensors_of
 from .metadata import describe, with_hashes
 from .naming import ModuleName, ModuleTable
 from .nominal import nominal_table
@@ -109,21 +108,9 @@ def _same(one: Factors, other: Factors) -> bool:
 
 def _deltas(factors: Factors) -> list[torch.Tensor]:
     """What is added to the weight and to the bias, and DoRA's magnitudes, in float64."""
-    exact = in_float64(factors)
+    exact = converted(factors, torch.float64)
     if isinstance(exact, (NormDelta, FullDelta)):
         parts = [exact.weight, exact.bias]
     else:
         parts = [exact.delta(), exact.bias, exact.magnitude if isinstance(exact, LoraFactors) else None]
     return [part for part in parts if part is not None]
-
-
-def in_float64(factors: Factors) -> Factors:
-    """The same factors in double precision on the CPU."""
-
-    def exact(value: object) -> object:
-        if isinstance(value, torch.Tensor):
-            return value.cpu().double()
-        return tuple(map(exact, value)) if isinstance(value, tuple) else value
-
-    values: dict[str, Any] = {key: exact(value) for key, value in vars(factors).items()}
-    return replace(factors, **values)

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -205,6 +206,7 @@ class NormDelta:
 LinearFactors = LoraFactors | LoKrFactors | LoHaFactors | FullDelta
 Factors = LinearFactors | NormDelta
 Weights = Mapping[ModuleName, Factors]
+AnyFactors = TypeVar("AnyFactors", bound=Factors)
 
 
 def alike(one: Factors, other: Factors) -> bool:
@@ -304,6 +306,18 @@ def tensors_of(factors: Factors) -> list[torch.Tensor]:
         parts = (factors.weight, factors.bias)
     present = [part for part in parts if part is not None]
     return [tensor for part in present for tensor in ([part] if isinstance(part, torch.Tensor) else part)]
+
+
+def converted(factors: AnyFactors, dtype: torch.dtype | None, device: str = "cpu") -> AnyFactors:
+    """The same factors with tensors of another dtype (None keeps each its own), on another device."""
+
+    def moved(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, dtype)
+        return tuple(map(moved, value)) if isinstance(value, tuple) else value
+
+    values: dict[str, Any] = {key: moved(value) for key, value in vars(factors).items()}
+    return replace(factors, **values)
 
 
 def product(factor: Factor) -> torch.Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 import torch
 from safetensors.torch import save
 
 from .._version import __version__
+from ..streaming import TensorSpool
 from .factors import FullDelta, LoHaFactors, LoKrFactors, NormDelta, Weights
 
-_LEGACY_OFFSET, _LEGACY_LENGTH = 0x100000, 0x10000
+_LEGACY_OFFSET, _LEGACY_END = 0x100000, 0x110000
 
 
 def describe(weights: Weights) -> dict[str, str]:
@@ -49,10 +50,28 @@ def with_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     (sd-scripts, library/train_util.py, precalculate_safetensors_hashes).
     """
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    content = save(ready, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    header_length = int.from_bytes(content[:8], "little")
-    model_hash = hashlib.sha256(content[8 + header_length :]).hexdigest()
-    legacy = hashlib.sha256(content[_LEGACY_OFFSET : _LEGACY_OFFSET + _LEGACY_LENGTH]).hexdigest()[:8]
+    content = save(ready, _hashed_text(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    return _hashed(metadata, content[:start], [memoryview(content)[start:]])
+
+
+def with_hashes_of(spool: TensorSpool, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The same for tensors that lie on the disk."""
+    return _hashed(metadata, spool.header(_hashed_text(metadata)), spool.data())
+
+
+def _hashed_text(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key.startswith("ss_")}
+
+
+def _hashed(metadata: Mapping[str, str], header: bytes, data: Iterable[bytes | memoryview]) -> dict[str, str]:
+    whole, window, position = hashlib.sha256(), hashlib.sha256(), len(header)
+    window.update(header[_LEGACY_OFFSET:_LEGACY_END])
+    for chunk in data:
+        whole.update(chunk)
+        window.update(chunk[max(0, _LEGACY_OFFSET - position) : max(0, _LEGACY_END - position)])
+        position += len(chunk)
+    model_hash, legacy = whole.hexdigest(), window.hexdigest()[:8]
     return dict(metadata) | {
         "sshs_model_hash": model_hash,
         "sshs_legacy_hash": legacy,

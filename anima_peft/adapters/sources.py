@@ -89,8 +89,13 @@ def locate_adapter(
     return path
 
 
-def read_adapter_file(path: Path) -> AdapterFile:
+def read_adapter_file(path: Path, *, mapped: bool = False) -> AdapterFile:
     """All tensors, the text metadata and PEFT's config, if there is one, of a safetensors file.
+
+    Args:
+        path: the file.
+        mapped: whether the tensors stay views of the file, which then must not change while they are in use, instead
+            of taking memory of their own.
 
     Raises:
         InputError: the file is missing or is not safetensors, or the config beside it cannot be read.
@@ -99,9 +104,11 @@ def read_adapter_file(path: Path) -> AdapterFile:
     config = _read_peft_config(path.with_name(PEFT_CONFIG_NAME)) if path.name == PEFT_FILE_NAME else None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in checkpoint.shapes}
+            tensors = {key: file.get_tensor(key) for key in checkpoint.shapes}
     except SafetensorError as error:  # a dtype that torch does not have
         raise InputError(f"{path}: its tensors cannot be read ({error}).") from error
+    if not mapped:
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     return AdapterFile(str(path), tensors, dict(checkpoint.metadata), config)
 
 

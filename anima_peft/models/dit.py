@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +36,23 @@ _PATCH_AREA = 4
 _MIN_SEQUENCE_LENGTH = 512
 
 
+@dataclass(frozen=True)
+class DitFile:
+    """A checkpoint that was found to be Anima's, before its weights are read.
+
+    Attributes:
+        checkpoint: its header.
+        transformer, conditioner: the stock models on the meta device.
+        transformer_keys, conditioner_keys: the models' state-dict names -> keys in the file.
+    """
+
+    checkpoint: Checkpoint
+    transformer: CosmosTransformer3DModel
+    conditioner: AnimaTextConditioner
+    transformer_keys: Mapping[str, str]
+    conditioner_keys: Mapping[str, str]
+
+
 def load_dit(
     path: str | os.PathLike[str], torch_dtype: torch.dtype | None = None
 ) -> tuple[CosmosTransformer3DModel, AnimaTextConditioner]:
@@ -45,6 +64,19 @@ def load_dit(
 
     Returns:
         The two stock diffusers models on the CPU, in eval mode, frozen, with the q/k norms' eps at 1e-6.
+
+    Raises:
+        InputError: not an Anima checkpoint, or a key is missing, unexpected or misshapen.
+    """
+    file = open_dit(path)
+    load_weights(file.transformer, file.checkpoint, file.transformer_keys, torch_dtype)
+    load_weights(file.conditioner, file.checkpoint, file.conditioner_keys, torch_dtype)
+    set_qk_norm_eps(file.transformer)
+    return file.transformer, file.conditioner
+
+
+def open_dit(path: str | os.PathLike[str]) -> DitFile:
+    """Check a single file's keys and shapes as `load_dit` does, and read no weights.
 
     Raises:
         InputError: not an Anima checkpoint, or a key is missing, unexpected or misshapen.
@@ -84,10 +116,7 @@ def load_dit(
     surplus = [prefix + CONDITIONER_PREFIX + key for key in in_conditioner if key not in conditioner_keys]
     require_fit(conditioner, checkpoint, conditioner_keys, surplus=surplus, what="the Anima text conditioner")
 
-    load_weights(transformer, checkpoint, keys, torch_dtype)
-    load_weights(conditioner, checkpoint, conditioner_keys, torch_dtype)
-    set_qk_norm_eps(transformer)
-    return transformer, conditioner
+    return DitFile(checkpoint, transformer, conditioner, keys, conditioner_keys)
 
 
 def _prefix_of(checkpoint: Checkpoint) -> str:

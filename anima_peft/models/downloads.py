@@ -26,7 +26,7 @@ _TIMEOUT = 10.0  # seconds for a hub's first answer; where it is blocked, the ot
 _LONGEST_CAUSE = 400  # characters of a library's message
 
 
-class _NotFetchedError(Exception):
+class NotFetchedError(Exception):
     """Why a hub does not serve; kept for the final report."""
 
 
@@ -85,7 +85,7 @@ def complete_tokenizer(kind: TokenizerKind, folder: Path, sources: Sequence[HubF
                 try:
                     fetched = _FETCH[source.hub](kind, source, Path(temporary) / "fetched")
                     checked = _checked(kind, fetched, Path(temporary) / "checked")
-                except _NotFetchedError as error:
+                except NotFetchedError as error:
                     logger.warning("%s: %s", source, error)
                     causes.append(f"{source}: {error}")
                     continue
@@ -122,11 +122,12 @@ def _from_hugging_face(kind: TokenizerKind, source: HubFolder, folder: Path) -> 
         fetched = {}
         for path in there:
             file = Path(api.hf_hub_download(source.repo_id, path, revision=repo.sha, local_dir=folder))
-            _compare(file, listing[path])
+            if not is_listed(file, listing[path]):
+                raise NotFetchedError(f"what came for {path} is not the file of the repo's listing (hashes differ)")
             fetched[wanted[path]] = file
         return fetched
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
-        raise _NotFetchedError(_cause(error)) from error
+        raise NotFetchedError(cause_of(error)) from error
 
 
 def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Mapping[str, Path]:
@@ -135,7 +136,7 @@ def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Ma
 
     wanted = {name: str(PurePosixPath(source.subfolder, name)) for name in kind.files}
     try:
-        with _quiet("modelscope", "modelscope_hub"):
+        with quiet("modelscope", "modelscope_hub"):
             snapshot_download(
                 source.repo_id,
                 revision=source.revision or "master",
@@ -143,7 +144,7 @@ def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Ma
                 allow_patterns=[glob.escape(path) for path in wanted.values()],
             )
     except Exception as error:  # modelscope's releases have no base class in common
-        raise _NotFetchedError(_cause(error)) from error
+        raise NotFetchedError(cause_of(error)) from error
     fetched = {name: folder / path for name, path in wanted.items() if (folder / path).is_file()}
     _require_enough(kind, source, list(fetched))
     return fetched
@@ -156,17 +157,17 @@ _FETCH: Mapping[Hub, Callable[[TokenizerKind, HubFolder, Path], Mapping[str, Pat
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
     """Without the libraries' logs, which repeat a server's answer as it is: with the token, if the server echoes it."""
     loggers = [logging.getLogger(name) for name in names]
-    levels = [quiet.level for quiet in loggers]
-    for quiet in loggers:
-        quiet.setLevel(logging.CRITICAL)
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for quiet, level in zip(loggers, levels, strict=True):
-            quiet.setLevel(level)
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _require_enough(
@@ -178,20 +179,17 @@ def _require_enough(
     others = sorted({str(PurePosixPath(path).parent) for path in listing if PurePosixPath(path).name in vocabularies})
     hint = f"; there are some in: {', '.join(others)}" if others else ""
     where = f"folder `{source.subfolder}`" if source.subfolder else "root folder"
-    raise _NotFetchedError(f"the repo's {where} has no {kind.needed}{hint}")
+    raise NotFetchedError(f"the repo's {where} has no {kind.needed}{hint}")
 
 
-def _compare(file: Path, listed: RepoSibling) -> None:
-    """Refuse a file that is not the one of the listing: LFS files by their SHA-256, others by git's hash."""
+def is_listed(file: Path, listed: RepoSibling) -> bool:
+    """Whether a file is the one of a repo's listing: LFS files by their SHA-256, others by git's hash."""
+    if listed.size is not None and file.stat().st_size != listed.size:
+        return False
     if listed.lfs is not None:
         with file.open("rb") as content:
-            same = sha_fileobj(content).hex() == listed.lfs.sha256
-    else:
-        same = listed.blob_id in (None, git_hash(file.read_bytes()))
-    if not same:
-        raise _NotFetchedError(
-            f"what came for {listed.rfilename} is not the file of the repo's listing (hashes differ)"
-        )
+            return bool(sha_fileobj(content).hex() == listed.lfs.sha256)
+    return listed.blob_id in (None, git_hash(file.read_bytes()))
 
 
 def _checked(kind: TokenizerKind, fetched: Mapping[str, Path], folder: Path) -> Path:
@@ -200,17 +198,17 @@ def _checked(kind: TokenizerKind, fetched: Mapping[str, Path], folder: Path) -> 
     for name, file in fetched.items():
         content = file.read_bytes()
         if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html", b"<head")):
-            raise _NotFetchedError(f"{name} came as an HTML page, as from a proxy or a login")
+            raise NotFetchedError(f"{name} came as an HTML page, as from a proxy or a login")
         if name.endswith(".json"):
             try:
                 json.loads(content)
             except ValueError as error:
-                raise _NotFetchedError(f"{name} came as something else than JSON ({error})") from error
+                raise NotFetchedError(f"{name} came as something else than JSON ({error})") from error
         file.replace(folder / name)
     try:
         load_tokenizer(kind, folder)
     except InputError as error:
-        raise _NotFetchedError(f"what came cannot be used: {str(error).removeprefix(f'{folder}: ')}") from error
+        raise NotFetchedError(f"what came cannot be used: {str(error).removeprefix(f'{folder}: ')}") from error
     return folder
 
 
@@ -220,10 +218,10 @@ def _move_in(files: Sequence[Path], folder: Path) -> None:
             file.replace(folder / file.name)
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """A library's error in one line, without the user's tokens, which a server may echo."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # it wraps what happened in advice about caches
+    if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
+        error = error.__cause__  # these wrap what happened in words that say less
     if isinstance(error, json.JSONDecodeError):
         return "the hub answered with something else than JSON, such as the page of a proxy or a login"
     text = " ".join(f"{type(error).__name__}: {error}".split())

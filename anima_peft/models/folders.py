@@ -34,8 +34,8 @@ PARTS: dict[str, Any] = {
 """The model's parts: subfolder and pipeline argument -> stock class."""
 
 _WITH_WEIGHTS = ("text_encoder", "text_conditioner", "transformer", "vae")
-_INDEXES = ("model_index.json", "modular_model_index.json")
-_FILE_TYPES = ("*.json", "*.safetensors", "*.txt", "*.model")  # no pickled weights and no code
+INDEXES = ("model_index.json", "modular_model_index.json")
+FILE_TYPES = ("*.json", "*.safetensors", "*.txt", "*.model")  # no pickled weights and no code
 
 
 def fetch_folder(path_or_repo: str | Path, parts: Collection[str], **hub_options: Any) -> Path:
@@ -57,7 +57,7 @@ def fetch_folder(path_or_repo: str | Path, parts: Collection[str], **hub_options
             f"{path}: is a file. Expected a diffusers folder or a hub repo id; single files are loaded by "
             "AnimaPipeline.from_single_files."
         )
-    patterns = [*_INDEXES, *(f"{part}/{files}" for part in parts for files in _FILE_TYPES)]
+    patterns = [*INDEXES, *(f"{part}/{files}" for part in parts for files in FILE_TYPES)]
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=patterns, **hub_options))
     except (HfHubHTTPError, HFValidationError, OSError) as error:

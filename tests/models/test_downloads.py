@@ -6,12 +6,10 @@ import functools
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
-import modelscope_hub.config
 import pytest
 from huggingface_hub import HfApi
 
@@ -22,7 +20,7 @@ from anima_peft.models.downloads import complete_tokenizer, default_folder, loca
 from anima_peft.models.hub_folders import download_order, parse_hub_folder
 from anima_peft.models.sources import resolve_sources
 from anima_peft.models.tokenizers import QWEN, T5, load_qwen_tokenizer, load_t5_tokenizer
-from tests.hub_server import HTML, HubServer, hub_server
+from tests.hub_server import HTML, HubServer, alone, hub_server
 
 T5_FILES = ["tokenizer.json", "tokenizer_config.json"]  # of the miniature
 
@@ -33,25 +31,9 @@ def hubs(miniature: MiniatureFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files = {f"tokenizer/{file.name}": file.read_bytes() for file in miniature.t5_tokenizer.iterdir()}
     files |= {file.name: file.read_bytes() for file in miniature.tokenizer.iterdir()}
     files |= {"model.safetensors": b"large", "../tokenizer.json": b"{}", "tokenizer/../../config.json": b"{}"}
-    for variable in ("MODELSCOPE_HOME", "MODELSCOPE_CACHE"):
-        monkeypatch.setenv(variable, str(tmp_path / "modelscope"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-secret")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    alone(monkeypatch, tmp_path, timeout=0.3)  # hubs that do not answer are not waited for
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr(modelscope_hub.config, "_default_config", None)
-    # time-outs and retries of both libraries: none of them is waited for
-    monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(downloads, "_TIMEOUT", 0.3)
-    for module, name, value in (
-        ("_download", "DOWNLOAD_RETRY_TIMES", 0),
-        ("_download", "DOWNLOAD_HASH_RETRY_TIMES", 1),
-        ("_download", "DOWNLOAD_SIZE_RETRY_TIMES", 1),
-        ("_legacy_api", "REPO_TREE_PAGE_MAX_ATTEMPTS", 1),
-        ("_legacy_api", "REPO_TREE_PAGE_TIMEOUT_SECONDS", 0.3),
-    ):
-        monkeypatch.setattr(f"modelscope_hub.{module}.{name}", value)
     with hub_server({"hf": dict(files), "ms": dict(files)}) as server:
         monkeypatch.setattr(downloads, "HfApi", functools.partial(HfApi, endpoint=server.url))
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
