@@ -12,10 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .errors import InputError, Interrupted, TrainingError
+from .texts import escaped
 
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, FAULTY_INPUT, INTERRUPTED = 0, 1, 2, 130
+_LINE_BREAK = "\n"
+
+
+class _Escaping(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record), keep=_LINE_BREAK)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,17 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_faults(action: Callable[[], None]) -> int:
     """Run `action`; what the user can mend is printed as one message without a traceback.
 
+    Messages may repeat what stands in files of others: what a terminal would obey is escaped in them.
+
     Returns:
         The exit code.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Escaping("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr: a name must not end a command
     try:
         action()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error), keep=_LINE_BREAK)}", file=sys.stderr)
         return FAULTY_INPUT
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder gone; its text names the file
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error), keep=_LINE_BREAK)}", file=sys.stderr)
         return FAILED
     except Interrupted as end:
         print(end, file=sys.stderr)

@@ -24,10 +24,15 @@ from safetensors.torch import load
 
 from ..errors import InputError
 from ..files import save_tensors, unfinished_name, write_atomically
+from ..limited import read_json, read_limited
+from .pixels import MOST_PICTURE_BYTES
+from .seals import damaged, is_seal_of, metadata_of, seal
 
 CACHE_FOLDER_NAME = ".anima_cache"
 INDEX_NAME = "index.json"
 _INDEX_VERSION = 1
+_MOST_INDEX_BYTES = 2**30
+_MOST_ENTRY_BYTES = 2**32
 Stamp = tuple[int, int]
 """(bytes, time of the last change in ns) of a file."""
 _ABANDONED_AFTER = 24 * 60 * 60.0  # seconds; an entry is written within one
@@ -90,11 +95,11 @@ class TensorCache:
     def contains(self, key: str) -> bool:
         """Whether the entry is there and whole; a damaged one counts as missing, to be written anew.
 
-        Reads the header only: it tells the length that the file must have.
+        Reads the header only: it tells the length that the file must have, and which entry it is.
         """
         try:
-            with safe_open(str(self.path(key)), framework="pt"):
-                return True
+            with safe_open(str(self.path(key)), framework="pt") as file:
+                return is_seal_of(key, file.metadata())
         except (OSError, SafetensorError):
             return False
 
@@ -116,7 +121,7 @@ class TensorCache:
         # Rows of one batch share its memory, which safetensors refuses to write.
         own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         try:
-            save_tensors(path, own, {})
+            save_tensors(path, own, seal(key, own))
         except (OSError, SafetensorError) as error:
             raise _cannot_write(self.folder, error) from error
         return path
@@ -125,14 +130,22 @@ class TensorCache:
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one cache file, on the CPU.
 
+    An entry whose content is not what was written is taken away, so that the next start makes it anew.
+
     Raises:
         InputError: the file is missing or damaged.
     """
     try:
         # Not mapped into memory: on Windows a mapped file can be neither replaced nor deleted.
-        return load(path.read_bytes())
+        data = read_limited(path, _MOST_ENTRY_BYTES)
+        tensors = load(data)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: this cache entry is missing or damaged ({error}); start anew to renew it") from error
+        raise damaged(path, error) from error
+    if metadata_of(data) != seal(path.stem, tensors):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            path.unlink()
+        raise damaged(path, "its content is not that which was kept")
+    return tensors
 
 
 def read_unchanged(path: Path, sha256: str) -> bytes:
@@ -144,7 +157,7 @@ def read_unchanged(path: Path, sha256: str) -> bytes:
         InputError: it cannot be read any more, or its sha256 is another.
     """
     try:
-        data = path.read_bytes()
+        data = read_limited(path, MOST_PICTURE_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot read this file any more ({error.strerror or error})") from error
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -163,6 +176,8 @@ class FileFacts:
     """Of the file's bytes, 64 hex digits."""
     picture_size: tuple[int, int] | None = None
     """(width, height) with EXIF rotation applied, of a picture that was decoded without fault; else None."""
+    animated: bool = False
+    """Whether the picture has further frames."""
 
 
 class FileIndex:
@@ -240,18 +255,20 @@ def file_stamp(path: Path) -> Stamp:
 
 
 def _facts_to_json(facts: FileFacts) -> dict[str, Any]:
-    return {"sha256": facts.sha256, "picture_size": facts.picture_size}
+    # Only where it is so: an index from before animations were told apart stays in use.
+    animated = {"animated": True} if facts.animated else {}
+    return {"sha256": facts.sha256, "picture_size": facts.picture_size, **animated}
 
 
 def _load_index(path: Path) -> dict[str, tuple[Stamp, FileFacts]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _MOST_INDEX_BYTES)
         if content["version"] != _INDEX_VERSION:
             raise ValueError(f"version {content['version']}")
         return {key: _entry_from_json(value) for key, value in content["files"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         logger.warning("%s: this index is not usable (%s); files are read again and the index is rebuilt", path, error)
         return {}
 
@@ -265,7 +282,7 @@ def _entry_from_json(entry: dict[str, Any]) -> tuple[Stamp, FileFacts]:
         picture = (int(width), int(height))
         if min(picture) < 1:
             raise ValueError(f"{picture} is not the size of a picture")
-    return (int(size), int(mtime_ns)), FileFacts(sha256, picture)
+    return (int(size), int(mtime_ns)), FileFacts(sha256, picture, entry.get("animated") is True)
 
 
 def _write_text(path: Path, text: str) -> None:

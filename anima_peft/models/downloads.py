@@ -11,19 +11,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: that of httpx or its successor
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HTTPError  # HTTPError: that of httpx or its successor
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..errors import InputError
+from .hub_errors import cause
 from .hub_folders import REPO_ID, Hub, HubFolder, parse_hub_folder
 from .tokenizers import TokenizerKind, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for a hub's first answer; where it is blocked, the other hub is not long in coming
-_LONGEST_CAUSE = 400  # characters of a library's message
 
 
 class _NotFetchedError(Exception):
@@ -126,7 +126,7 @@ def _from_hugging_face(kind: TokenizerKind, source: HubFolder, folder: Path) -> 
             fetched[wanted[path]] = file
         return fetched
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
-        raise _NotFetchedError(_cause(error)) from error
+        raise _NotFetchedError(cause(error)) from error
 
 
 def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Mapping[str, Path]:
@@ -143,7 +143,7 @@ def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Ma
                 allow_patterns=[glob.escape(path) for path in wanted.values()],
             )
     except Exception as error:  # modelscope's releases have no base class in common
-        raise _NotFetchedError(_cause(error)) from error
+        raise _NotFetchedError(cause(error)) from error
     fetched = {name: folder / path for name, path in wanted.items() if (folder / path).is_file()}
     _require_enough(kind, source, list(fetched))
     return fetched
@@ -218,15 +218,3 @@ def _move_in(files: Sequence[Path], folder: Path) -> None:
     for file in files:
         if file.is_file() and not (folder / file.name).exists():
             file.replace(folder / file.name)
-
-
-def _cause(error: BaseException) -> str:
-    """A library's error in one line, without the user's tokens, which a server may echo."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # it wraps what happened in advice about caches
-    if isinstance(error, json.JSONDecodeError):
-        return "the hub answered with something else than JSON, such as the page of a proxy or a login"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    for token in (get_token(), os.environ.get("MODELSCOPE_API_TOKEN")):
-        text = text.replace(token, "***") if token else text
-    return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]} …"
