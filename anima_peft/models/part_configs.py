@@ -19,6 +19,7 @@ CONFIG_ERRORS = (
     AttributeError,
     ImportError,
     LookupError,
+    NameError,
     OSError,
     RuntimeError,
     StrictDataclassError,
