@@ -25,6 +25,7 @@ DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,  # of the AVIF decoder
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

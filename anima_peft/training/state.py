@@ -143,7 +143,11 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
         accelerator.step = 0  # batches since an optimizer step; those of a step that failed are not in the state
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # whose text advises to read it all the same
+        raise InputError(
+            f"resume: {folder} holds more than tensors and numbers, which is not read; use an earlier state."
+        ) from error
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"resume: {folder} is incomplete or damaged ({error}); use an earlier state.") from error
 
 
