@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 
-_MOST_BYTES = 2**24
+MOST_BYTES = 2**24
 
 
 def read_text(path: Path) -> str:
@@ -20,11 +20,11 @@ def read_text(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:  # also a pipe, which shells make of `<(...)`
-            data = file.read(_MOST_BYTES + 1)
+            data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if len(data) > _MOST_BYTES:
-        raise InputError(f"{path}: more than {_MOST_BYTES >> 20} MiB, which is no text file of options or prompts")
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{path}: more than {MOST_BYTES >> 20} MiB, which is no text file of options or prompts")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")

@@ -31,7 +31,7 @@ from .seals import damaged, is_seal_of, metadata_of, seal
 CACHE_FOLDER_NAME = ".anima_cache"
 INDEX_NAME = "index.json"
 _INDEX_VERSION = 1
-_MOST_INDEX_BYTES = 2**30
+MOST_INDEX_BYTES = 2**30
 _MOST_ENTRY_BYTES = 2**32
 Stamp = tuple[int, int]
 """(bytes, time of the last change in ns) of a file."""
@@ -262,7 +262,7 @@ def _facts_to_json(facts: FileFacts) -> dict[str, Any]:
 
 def _load_index(path: Path) -> dict[str, tuple[Stamp, FileFacts]]:
     try:
-        content = read_json(path, _MOST_INDEX_BYTES)
+        content = read_json(path, MOST_INDEX_BYTES)
         if content["version"] != _INDEX_VERSION:
             raise ValueError(f"version {content['version']}")
         return {key: _entry_from_json(value) for key, value in content["files"].items()}

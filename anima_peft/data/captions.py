@@ -18,7 +18,7 @@ _PATH_KEYS = ("image_path", "file_name")
 _CAPTION_KEYS = ("caption", "text")
 MOST_CAPTION_BYTES = 2**20
 """Of a caption file. What fills the longest conditioning has a hundredth of that."""
-_MOST_METADATA_BYTES = 2**30
+MOST_METADATA_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_metadata(path: Path) -> list[MetadataEntry]:
         InputError: the file cannot be read, or is not such a file; lists all faulty entries.
     """
     try:
-        text = _read_text(path, "metadata file", _MOST_METADATA_BYTES)
+        text = _read_text(path, "metadata file", MOST_METADATA_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such metadata file") from None
     faults: list[str] = []

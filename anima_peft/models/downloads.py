@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import logging
 import os
 import tempfile
@@ -17,6 +16,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..errors import InputError
+from ..limited import parse_json
 from .hub_errors import cause
 from .hub_folders import REPO_ID, Hub, HubFolder, parse_hub_folder
 from .tokenizers import TokenizerKind, load_tokenizer
@@ -203,7 +203,7 @@ def _checked(kind: TokenizerKind, fetched: Mapping[str, Path], folder: Path) -> 
             raise _NotFetchedError(f"{name} came as an HTML page, as from a proxy or a login")
         if name.endswith(".json"):
             try:
-                json.loads(content)
+                parse_json(content.decode("utf-8"))
             except ValueError as error:
                 raise _NotFetchedError(f"{name} came as something else than JSON ({error})") from error
         file.replace(folder / name)

@@ -24,6 +24,7 @@ from .checkpoints import build_empty, read_header, require_all_keys
 from .hub_errors import cause
 from .part_configs import (
     CONFIG_ERRORS,
+    check_scheduler,
     read_config,
     require_own_weights,
     require_plausible,
@@ -106,6 +107,8 @@ def check_folder(folder: Path, parts: Collection[str], variant: str | None = Non
     for part in _WITH_WEIGHTS:
         if part in parts:
             check_part(folder / part, part, variant)
+    if "scheduler" in parts:
+        check_scheduler(folder / "scheduler")
 
 
 def load_part(folder: Path, part: str, torch_dtype: torch.dtype | None = None) -> Any:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import InputError
@@ -33,19 +35,34 @@ _LARGEST = 2**24
 _ATTENTION = (None, "eager", "sdpa")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `config.json`.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The content of a folder's `config.json`, or of another file of settings.
 
     Raises:
         InputError: it is missing, or no table of settings.
     """
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / name)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no readable config.json ({error}).") from error
+        raise InputError(f"{folder}: no readable {name} ({error}).") from error
     if not isinstance(config, dict):
-        raise InputError(f"{folder}: config.json holds no table of settings.")
+        raise InputError(f"{folder}: {name} holds no table of settings.")
     return config
+
+
+def check_scheduler(folder: Path) -> None:
+    """Refuse a scheduler's folder whose settings no schedule can be made of.
+
+    Raises:
+        InputError: no settings, absurd ones, or such as the usual class does not take; another class is not tried.
+    """
+    config = read_config(folder, SCHEDULER_CONFIG_NAME)
+    _require_small(config, 64, folder, SCHEDULER_CONFIG_NAME)
+    if config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
+        try:
+            FlowMatchEulerDiscreteScheduler.from_config(config)
+        except CONFIG_ERRORS as error:
+            raise InputError(f"{folder}: {SCHEDULER_CONFIG_NAME} describes no schedule ({error}).") from error
 
 
 def require_plausible(config: Mapping[str, Any], tensors: int, folder: Path) -> None:
@@ -62,15 +79,20 @@ def require_plausible(config: Mapping[str, Any], tensors: int, folder: Path) -> 
     for name, value in config.items():
         if name in _DEPTHS and isinstance(value, (int, float)) and value > tensors:
             raise InputError(f"{folder}: config.json has {name} = {value}, and the weight files {tensors} tensors.")
-        numbers = value if isinstance(value, list) else [value]
-        if len(numbers) > max(tensors, 64) or any(isinstance(n, int) and abs(n) > _LARGEST for n in numbers):
-            raise InputError(f"{folder}: config.json has an absurd {name}; get the folder's files again.")
         if name.endswith("_implementation") and value not in _ATTENTION:
             raise InputError(
                 f"{folder}: config.json has {name} = {value!r}, which may fetch code to run; expected sdpa or eager."
             )
+    _require_small(config, max(tensors, 64), folder, "config.json")
     if not isinstance(config.get("quantization_config", {}), dict):
         raise InputError(f"{folder}: config.json has a quantization_config that is no table.")
+
+
+def _require_small(config: Mapping[str, Any], longest: int, folder: Path, file: str) -> None:
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > longest or any(isinstance(n, (int, float)) and not abs(n) <= _LARGEST for n in numbers):
+            raise InputError(f"{folder}: {file} has an absurd {name}; get the folder's files again.")
 
 
 def require_own_weights(folder: Path) -> None:

@@ -51,7 +51,6 @@ class TokenizerKind:
         return self.complete_with([name for name in self.files if (folder / name).is_file()])
 
 
-_MOST_BYTES = 2**28
 _SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 QWEN = TokenizerKind(
@@ -126,6 +125,6 @@ def load_tokenizer(kind: TokenizerKind, folder: str | Path) -> Any:
 def _algorithm(folder: Path) -> str | None:
     """What `tokenizer.json` calls its model ("BPE", "Unigram"); None without one, or where it does not say."""
     try:
-        return read_json(folder / "tokenizer.json", _MOST_BYTES)["model"]["type"]
+        return read_json(folder / "tokenizer.json")["model"]["type"]
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -19,6 +19,10 @@ from safetensors.torch import save, save_file
 from anima_peft.adapters.inspection import as_json, as_text, inspect_adapter
 from anima_peft.adapters.naming import ModuleTable
 from anima_peft.config import load
+from anima_peft.config.dataset_options import BatchKeys, DatasetKeys, PlaceKeys, SubsetKeys
+from anima_peft.config.loading import OPTIONS
+from anima_peft.config.network import ARGUMENT_LISTS
+from anima_peft.config.options import options_of
 from anima_peft.config.prompt_files import read_prompts
 from anima_peft.config.prompts import parse_prompt_line, prompt_text
 from anima_peft.data import CaptionSpec, FileIndex, TensorCache, cache_key
@@ -190,14 +194,9 @@ def test_settings_of_parts(miniature: MiniatureFiles, tmp_path: Path) -> None:
 
 # ---- configurations
 
+_DATASET_KEYS = (DatasetKeys, BatchKeys, SubsetKeys, PlaceKeys)
 NAMES = st.sampled_from(
-    tuple(
-        """seed vae network_dim network_args optimizer_args lr_scheduler resolution mixed_precision output_name
-        learning_rate train_norm compare_prompts timestep_sampling optimizer_type t5_tokenizer_repo_id loss_type
-        save_every_n_epochs network_module base_weights base_weights_multiplier text_encoder_lr enable_bucket
-        num_repeats caption_extension image_dir class_tokens keep_tokens metadata_file batch_size general datasets
-        bucket_reso_steps min_bucket_reso skip_image_resolution caption_prefix""".split()
-    )
+    [*OPTIONS, *ARGUMENT_LISTS, *(option.name for keys in _DATASET_KEYS for option in options_of(keys)), "general"]
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from anima_peft import AnimaPipeline
 from anima_peft.errors import InputError
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.models import folders
@@ -119,11 +121,16 @@ def test_encoders_with_endless_layers(part: str, miniature: MiniatureFiles, tmp_
 
 @pytest.fixture(scope="module")
 def whole(miniature: MiniatureFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of the parts that have weights."""
+    """A diffusers folder."""
     folder = tmp_path_factory.mktemp("diffusers")
-    AnimaTransformerModel.from_single_file(miniature.transformer).save_pretrained(folder)
-    load_text_encoder(miniature.text_encoder).save_pretrained(folder / "text_encoder")
-    load_vae(miniature.vae).save_pretrained(folder / "vae")
+    pipe = AnimaPipeline.from_single_files(
+        transformer=miniature.transformer,
+        text_encoder=miniature.text_encoder,
+        vae=miniature.vae,
+        tokenizer=miniature.tokenizer,
+        t5_tokenizer=miniature.t5_tokenizer,
+    )
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -263,6 +270,47 @@ def test_folders_that_are_refused(part: str, case: str, whole: Path, tmp_path: P
         LOADERS[part](folder)
     assert str(error.value).startswith(str(folder))
     assert words in str(error.value)
+
+
+# file of the whole folder, what becomes of its settings, and words of the fault
+Settings = dict[str, Any]
+OUTSIDE = "names classes outside diffusers"
+INDEX, SCHEDULE = "model_index.json", "scheduler/scheduler_config.json"
+PIPELINES: dict[str, tuple[str, Callable[[Settings], object], str]] = {
+    "a list": (INDEX, lambda said: [], "model_index.json holds no table of settings"),
+    "a part that is empty": (INDEX, lambda said: said | {"vae": []}, "a library and one of its classes as vae"),
+    "a part that is a table": (INDEX, lambda said: said | {"vae": {"a": 1}}, "a library and one of its classes as vae"),
+    "a part that is null": (INDEX, lambda said: said | {"vae": None}, "a library and one of its classes as vae"),
+    "an unknown class": (INDEX, lambda said: said | {"vae": ["diffusers", "X"]}, "one of its classes as vae"),
+    "a class of numbers": (INDEX, lambda said: said | {"vae": ["diffusers", 1]}, "one of its classes as vae"),
+    "a part that is a command": (
+        INDEX,
+        lambda said: said | {"vae": ["os", "system"]},
+        OUTSIDE,
+    ),
+    "a part that is a path": (INDEX, lambda said: said | {"vae": ["../x", "Y"]}, OUTSIDE),
+    "a pipeline of its own": (
+        INDEX,
+        lambda said: said | {"_class_name": ["evil", "X"]},
+        OUTSIDE,
+    ),
+    "no schedule": (SCHEDULE, lambda said: [], "scheduler_config.json holds no table of settings"),
+    "an endless schedule": (SCHEDULE, lambda said: said | {"num_train_timesteps": 10**12}, "an absurd num_train_times"),
+    "a negative schedule": (SCHEDULE, lambda said: said | {"num_train_timesteps": -4}, "describes no schedule"),
+    "a schedule in words": (SCHEDULE, lambda said: said | {"shift": "a"}, "describes no schedule"),
+}
+
+
+@pytest.mark.parametrize("case", PIPELINES)
+def test_indexes_and_schedules_that_are_refused(case: str, whole: Path, tmp_path: Path) -> None:
+    name, change, words = PIPELINES[case]
+    folder = tmp_path / "whole"
+    shutil.copytree(whole, folder)
+    file = folder / name
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        AnimaPipeline.from_pretrained(folder)
+    assert str(file.parent) in str(error.value)
 
 
 @POSIX

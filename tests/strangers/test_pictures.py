@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from anima_peft.data import DatasetSpec, SubsetSpec, scan
 from anima_peft.data.caching import plan_latents
@@ -30,6 +30,12 @@ def link(target: str) -> Make:
     return lambda path: path.symlink_to(target)
 
 
+def damaged_avif(path: Path) -> None:
+    """What the AVIF decoder opens and then cannot decode, where PIL has it."""
+    data = picture("AVIF", size=(64, 64)) if features.check("avif") else bytes(99)
+    path.write_bytes(data[:-40] + bytes(40))
+
+
 UNKNOWN = "not a picture of a kind that can be read"
 NO_FILE = "a pipe, socket or device, and not a file"
 PNG, JPEG = picture(), picture("JPEG")
@@ -44,6 +50,7 @@ PICTURES: dict[str, tuple[Make, str]] = {
     "cut.jpg": (content(JPEG[:-60]), ""),
     "cut.webp": (content(picture("WEBP")[:-20]), ""),
     "cut.bmp": (content(picture("BMP")[:-500]), "image file is truncated"),
+    "damaged avif.png": (damaged_avif, ""),
     "header only.png": (content(PNG[:33]), ""),
     "magic only.png": (content(b"\x89PNG\r\n\x1a\n"), UNKNOWN),
     "bomb.png": (content(png((60_000, 60_000))), "Image size (3600000000 pixels) exceeds limit of 178956970"),
