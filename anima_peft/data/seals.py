@@ -12,11 +12,13 @@ import torch
 
 from ..errors import InputError
 
-_KEY, _SHA256 = "entry", "sha256"
+_NAME = "seal"
 
 
 def seal(key: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What an entry says of itself: its own key, and the sha256 of names, dtypes, shapes and bytes of its tensors.
+
+    Both in one text: safetensors writes several in any order, and equal entries are to be equal files.
 
     Args:
         key: of the entry.
@@ -27,12 +29,12 @@ def seal(key: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         tensor = tensors[name]
         digest.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return {_KEY: key, _SHA256: digest.hexdigest()}
+    return {_NAME: f"{key} {digest.hexdigest()}"}
 
 
 def is_seal_of(key: str, metadata: Mapping[str, str] | None) -> bool:
     """Whether an entry says that it is the one of this key; its tensors are not looked at."""
-    return metadata is not None and metadata.get(_KEY) == key and _SHA256 in metadata
+    return metadata is not None and metadata.get(_NAME, "").startswith(f"{key} ")
 
 
 def metadata_of(data: bytes) -> Any:

@@ -56,7 +56,7 @@ ENTRIES: dict[str, Callable[[bytes], bytes]] = {
     "no seal": header(lambda head: head.pop("__metadata__")),
     "a seal of nothing": header(lambda head: head.update(__metadata__={})),
     "another entry's seal": header(lambda head: head.update(__metadata__=seal(OTHER, LATENTS))),
-    "another hash": header(lambda head: head["__metadata__"].update(sha256="0" * 64)),
+    "another hash": header(lambda head: head["__metadata__"].update(seal=f"{KEY} {'0' * 64}")),
     "more in the seal": header(lambda head: head["__metadata__"].update(more="x")),
     "another entry's file": lambda data: save(LATENTS, seal(OTHER, LATENTS)),
     "a file of others": lambda data: save(LATENTS, {"format": "pt"}),
