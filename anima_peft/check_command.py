@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .config import RunConfig, load, load_datasets
 from .errors import InputError
 from .files import write_atomically
+from .texts import cut, escaped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SHEET_NAME, SUMMARY_NAME = "contact_sheet.png", "summary.png"
 _MOST_TAGS = 30
+_LONGEST_TAG = 200
 _MOST_PAIRS = 20
 _MOST_CROPPED = 5
 
@@ -106,7 +108,7 @@ def _print_pictures(pictures: tuple[Picture, ...], config: RunConfig | None) -> 
     if most:
         print("Cropped most:")
         for picture in most:
-            print(f"  {cropped_share(picture.placement):.0%}  {picture.path}")
+            print(f"  {cropped_share(picture.placement):.0%}  {escaped(str(picture.path))}")
 
 
 def _plan(pictures: tuple[Picture, ...], config: RunConfig | None) -> tuple[int | None, int]:
@@ -184,10 +186,10 @@ def _print_captions(pictures: Sequence[Picture]) -> None:
     longest = max(pictures, key=lambda picture: len(picture.caption))
     empty = sum(not picture.caption for picture in pictures)
     print(f"\nCaptions: {len({picture.caption for picture in pictures})} different, {empty} empty")
-    print(f"  longest: {len(longest.caption)} characters, {longest.path}")
+    print(f"  longest: {len(longest.caption)} characters, {escaped(str(longest.path))}")
     print(f"Tags: {len(tags)} different; in how many pictures:")
     for tag, count in tags.most_common(_MOST_TAGS):
-        print(f"  {count:5}  {tag}")
+        print(f"  {count:5}  {escaped(cut(tag, _LONGEST_TAG))}")
     if len(tags) > _MOST_TAGS:
         print(f"  and {len(tags) - _MOST_TAGS} more, {sum(count == 1 for count in tags.values())} of all only once")
 
@@ -198,7 +200,7 @@ def _print_likenesses(pictures: Sequence[Picture]) -> None:
     pairs = near_duplicates(pictures)
     print(f"\nPictures that look alike: {len(pairs)} pairs")
     for one, other in pairs[:_MOST_PAIRS]:
-        print(f"  {one}\n  {other}\n")
+        print(f"  {escaped(str(one))}\n  {escaped(str(other))}\n")
 
 
 def _save_drawings(pictures: tuple[Picture, ...], config: RunConfig | None, targets: Sequence[Path]) -> None:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .errors import InputError, Interrupted, TrainingError
-from .terminal import prepare_terminal
+from .terminal import LINE_BREAK, prepare_terminal
+from .texts import escaped
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_faults(action: Callable[[], None]) -> int:
     """Run `action`; what the user can mend is printed as one message without a traceback.
 
+    Messages may repeat what stands in files of others: what a terminal would obey is escaped in them.
+
     Returns:
         The exit code.
     """
@@ -66,10 +69,10 @@ def report_faults(action: Callable[[], None]) -> int:
     try:
         action()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error), keep=LINE_BREAK)}", file=sys.stderr)
         return FAULTY_INPUT
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder gone; its text names the file
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error), keep=LINE_BREAK)}", file=sys.stderr)
         return FAILED
     except Interrupted as end:
         print(end, file=sys.stderr)

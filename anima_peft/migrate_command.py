@@ -16,6 +16,7 @@ from .config.reading import Faults
 from .config.resolved import toml_document, toml_value
 from .errors import InputError
 from .files import write_atomically
+from .texts import escaped
 
 
 def migrate_file(argv: Sequence[str], prog: str) -> None:
@@ -51,9 +52,9 @@ def migrate_file(argv: Sequence[str], prog: str) -> None:
 
     print(f"train args: {train_args}\ndataset: {dataset}")
     for decision in migration.decisions:
-        print(f"decided: {decision}")
+        print(f"decided: {escaped(decision)}")
     for key, reason in migration.left_out.items():
-        print(f"left out: {key} ({reason})")
+        print(f"left out: {escaped(key)} ({escaped(reason)})")
     _check_result(train_args, dataset)
 
 
@@ -96,4 +97,5 @@ def _check_result(train_args: Path, dataset: Path) -> None:
     try:
         load(["--config_file", str(train_args), "--dataset_config", str(dataset)])
     except InputError as fault:
-        print(f"to mend before training, in the new files: {fault}", file=sys.stderr)
+        text = escaped(str(fault), keep="\n")
+        print(f"to mend before training, in the new files: {text}", file=sys.stderr)

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+import diffusers
 import torch
+import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
@@ -14,6 +16,7 @@ from .errors import InputError
 from .models.downloads import locate_tokenizer
 from .models.encoders import check_encoders, load_text_encoder, load_vae
 from .models.folders import PARTS, check_folder, fetch_folder, stock_index
+from .models.part_configs import check_scheduler, read_config
 from .models.precision import encoder_dtype
 from .models.sources import ModelSources, resolve_sources
 from .models.tokenizers import QWEN, T5, load_qwen_tokenizer, load_t5_tokenizer
@@ -22,6 +25,16 @@ from .transformer import AnimaTransformerModel
 _HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 _SHIFT = 3.0  # the published model's scheduler
 _LIBRARIES = ("diffusers", "transformers", None)  # None stands for a part that the folder does not have
+
+
+def _names_a_class(entry: object) -> bool:
+    """Whether an entry of the index is [library, class]; one of another library is left to its own message."""
+    if not (isinstance(entry, list) and len(entry) == 2):
+        return False
+    library, name = entry
+    if library in ("diffusers", "transformers"):
+        return isinstance(name, str) and hasattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+    return library is None or isinstance(library, str)
 
 
 class AnimaPipelineLoader(DiffusionPipeline):
@@ -115,6 +128,8 @@ class AnimaPipelineLoader(DiffusionPipeline):
             InputError: a file holds another model, or its weights do not fit.
         """
         settings = sources.transformer / "scheduler"
+        if settings.is_dir():
+            check_scheduler(settings)
         beside = encoder_dtype(torch_dtype)
         return cls(
             text_encoder=load_text_encoder(sources.text_encoder, beside),
@@ -143,6 +158,10 @@ class AnimaPipelineLoader(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / cls.config_name).is_file():
             return stock_index(cls.__name__)
+        written = read_config(folder, cls.config_name) if folder.is_dir() else {}
+        unnamed = [part for part in PARTS if part in written and not _names_a_class(written[part])]
+        if unnamed:
+            raise InputError(f"{folder / cls.config_name}: expected a library and one of its classes as {unnamed[0]}.")
         index: Any = super().load_config(pretrained_model_name_or_path, **kwargs)
         libraries = {part: entry[0] for part, entry in index.items() if isinstance(entry, list)}
         foreign = {part: library for part, library in libraries.items() if library not in _LIBRARIES}

@@ -8,6 +8,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from .texts import escaped
+
+LINE_BREAK = "\n"
 _SECONDS_BETWEEN_LINES = 30.0
 _LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -33,7 +36,13 @@ def prepare_terminal() -> None:
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(_BesideBars())
     handler.addFilter(_Once())
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler])
+    handler.setFormatter(_Escaping("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+class _Escaping(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record), keep=LINE_BREAK)
 
 
 class _Lines:

@@ -13,6 +13,7 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from ..errors import InputError
+from ..texts import escaped
 from .factors import Factors, LoKrFactors, describe_factors
 from .naming import ModuleName, ModuleTable
 from .nominal import nominal_table
@@ -103,8 +104,8 @@ def _lokr_shape(factors: LoKrFactors) -> str:
 
 def shown(text: str) -> str:
     """A file's own text on one line: control characters and line breaks escaped, and not endless."""
-    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return escaped if len(escaped) <= _MOST_SHOWN else f"{escaped[:_MOST_SHOWN]}… ({len(text)} characters)"
+    plain = escaped(text[: _MOST_SHOWN + 1])
+    return plain if len(plain) <= _MOST_SHOWN else f"{plain[:_MOST_SHOWN]}… ({len(text)} characters)"
 
 
 def as_text(found: Inspection) -> Iterator[str]:
@@ -116,7 +117,7 @@ def as_text(found: Inspection) -> Iterator[str]:
         yield f"  loads: yes, on {_counts(found.components)}"
     else:
         yield "  loads: no"
-        yield from (f"    {line}" for line in found.refusal.splitlines())
+        yield from (f"    {escaped(line)}" for line in found.refusal.split("\n"))
     for title, counts in (("holds", found.kinds), ("LoKr factors", found.shapes)):
         for text, count in counts.items():
             yield f"  {title}: {count} x {text}"
@@ -138,7 +139,7 @@ _PACKED = LORA_ADAPTER_METADATA_KEY
 def as_json(found: Inspection) -> str:
     """The same for programs."""
     blocks = {block: norm if math.isfinite(norm) else None for block, norm in found.blocks.items()}  # JSON has no inf
-    return json.dumps(vars(found) | {"path": str(found.path), "blocks": blocks}, indent=2, ensure_ascii=False)
+    return json.dumps(vars(found) | {"path": str(found.path), "blocks": blocks}, indent=2)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -17,6 +17,7 @@ import torch
 from ..errors import InputError
 from ..models.dit import PREFIXES
 from ..models.names import CONDITIONER_PREFIX, native_to_diffusers
+from ..texts import cut, escaped
 from .factors import Factors, LoraFactors, Weights
 from .file_config import PEFT_CONFIG_NAME, read_config
 from .naming import KOHYA_PREFIX, KOHYA_TEXT_ENCODER_PREFIX, ModuleName, ModuleTable
@@ -201,5 +202,4 @@ def _describe_unknown(keys: Iterable[str]) -> list[str]:
 
 def _shown(key: str) -> str:
     """A file's own text, fit for a terminal: control characters escaped, and not endless."""
-    text = key if key.isprintable() else ascii(key)
-    return text if len(text) <= 120 else text[:117] + "…"
+    return cut(escaped(key[:_LONGEST_NAME]), 118)

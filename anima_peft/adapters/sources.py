@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -15,12 +14,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..limited import read_json
 from ..models.checkpoints import read_header
+from ..models.hub_errors import cause
 from .file_config import PEFT_CONFIG_NAME
 from .reading import AdapterFile
 
 DIFFUSERS_FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE_NAME = "adapter_model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_CONFIG_BYTES = 2**24
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 
@@ -57,14 +59,21 @@ def locate_adapter(
         InputError: nothing there, several files to choose from, or the hub refuses.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    # Not the methods of Path, which fail over names that are too long.
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         folder = path / subfolder if subfolder else path
         # Not hidden ones: a file that is being written is called so.
         found = [folder / weight_name] if weight_name else sorted(folder.glob("[!.]*.safetensors"))
         if len(found) == 1 and found[0].is_file():
             return found[0]
+        pickled = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLES)
+        if pickled and not any(file.is_file() for file in found):
+            raise InputError(
+                f"{folder}: no .safetensors file, but {', '.join(pickled[:4])}. Pickled files can run code and are not "
+                "loaded; save the adapter again with safe_serialization=True, or convert it."
+            )
         names = ", ".join(file.name for file in found) or "none"
         raise InputError(f"{folder}: expected one .safetensors file, found {names}; give weight_name.")
     repo = os.fspath(source)
@@ -85,7 +94,7 @@ def locate_adapter(
         if path.name == PEFT_FILE_NAME:
             fetch(PEFT_CONFIG_NAME)  # lands beside it
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"{repo}: no such file here, and the hub cannot give it ({error}).") from error
+        raise InputError(f"{repo}: no such file here, and the hub cannot give it ({cause(error, token)}).") from error
     return path
 
 
@@ -116,11 +125,9 @@ def _read_peft_config(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None  # the keys may be of another style, which needs none
     try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise ValueError("it is too large")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, _MOST_CONFIG_BYTES)
         if not isinstance(config, dict):
             raise ValueError("it is no table of options")
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: is not a PEFT config ({error}).") from error
     return config

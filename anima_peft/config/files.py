@@ -9,17 +9,22 @@ from pathlib import Path
 
 from ..errors import InputError
 
+MOST_BYTES = 2**24
+
 
 def read_text(path: Path) -> str:
     """The content of a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        InputError: the file is missing or unreadable, or not UTF-8. It names the file and the line.
+        InputError: the file is missing or unreadable, far too large, or not UTF-8. It names the file and the line.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        with path.open("rb") as file:  # also a pipe, which shells make of `<(...)`
+            data = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{path}: more than {MOST_BYTES >> 20} MiB, which is no text file of options or prompts")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")

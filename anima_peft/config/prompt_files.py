@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..limited import parse_json
 from .files import read_text, read_toml
 from .prompts import PromptLine, parse_prompt_line
 from .reading import nearest, shown
@@ -50,7 +51,7 @@ def read_prompts(path: Path) -> tuple[PromptLine, ...]:
 
 
 def _from_text(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(StringIO(read_text(path), newline=None), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield f"line {number}", line.strip()
 
@@ -66,9 +67,10 @@ def _from_toml(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, str]]:
+    text = read_text(path)
     try:
-        listed = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        listed = parse_json(text)
+    except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(listed, list):
         raise InputError(f"{path}: expected a list of objects with a prompt each")
@@ -86,5 +88,7 @@ def _line(path: Path, place: str, entry: Any, shared: Mapping[str, Any]) -> str:
     for key, value in values.items():
         if key not in _KEYS:
             raise InputError(f"{path}: {place}: unknown {shown(key)}{nearest(key, _KEYS)}")
+        if isinstance(value, (Mapping, list)):
+            raise InputError(f"{path}: {place}: {key}: expected a text or a number, got {shown(value)}")
         words.append(f"--{_KEYS[key]} {' '.join(str(value).split())}")
     return " ".join(words)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from ..data.buckets import SIDE_MULTIPLE
 from ..errors import InputError
-from .reading import nearest, shown
+from .reading import nearest, require_text, shown
 
 MAX_SIDE = 2048  # pixels: where the transformer's table of positions ends
 MAX_SEED = 2**32 - 1  # what every random generator in use takes
@@ -93,6 +93,7 @@ def parse_prompt_line(text: str) -> PromptLine:
         raise InputError("expected a prompt, got an empty line")
     if len(text.splitlines()) > 1:
         raise InputError("expected one line, got a text with line breaks")
+    require_text(text, what=shown(text))
     prompt, *parts = f" {text}".split(" --")
     values: dict[str, object] = {}
     faults = []

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, Final
 
 from ..errors import InputError
+from ..texts import escaped
 from .options import Kind, Option
 
 _QUOTED = re.compile(r"""\"([^"]*)\"|'([^']*)'""")
@@ -42,23 +43,42 @@ class Faults:
             self.texts.append(fault)
 
 
-def shown(value: object) -> str:
-    """A value as a user would write it in TOML, shortened."""
+def shown(value: object, depth: int = 3) -> str:
+    """A value as a user would write it in TOML, shortened; of lists in lists, so many levels."""
     if value is NO_VALUE:
         return "no value"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         text = value if len(value) <= 60 else value[:57] + "..."
-        return '"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) + '"'
+        return f'"{escaped(text)}"'
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, (list, tuple)):
-        items = [shown(item) for item in value[:4]] + ["..."] * (len(value) > 4)
+        if depth == 0:
+            return "[...]"
+        items = [shown(item, depth - 1) for item in value[:4]] + ["..."] * (len(value) > 4)
         return f"[{', '.join(items)}]"
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return "a number of hundreds of digits"
     return str(value)
+
+
+def require_text(text: str, *, what: str, is_path: bool = False) -> None:
+    """Refuse what cannot be written as UTF-8, tokenized, or given to the system as a name.
+
+    Args:
+        text: the value.
+        what: it, for the message.
+        is_path: whether it is a path, which Linux allows to be of any bytes.
+
+    Raises:
+        InputError: it has a NUL character or, unless it is a path, half of a surrogate pair.
+    """
+    if "\0" in text:
+        raise InputError(f"expected a text without NUL characters, got {what}")
+    if not is_path and any("\ud800" <= char <= "\udfff" for char in text):
+        raise InputError(f"expected a text in Unicode, got {what}, which has half of a surrogate pair")
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
@@ -177,6 +197,7 @@ def _texts(option: Option, raw: object, path: str, faults: Faults) -> Any:
         try:
             if not isinstance(item, str) or not item.strip():
                 raise InputError(f"expected a text, got {shown(item)}")
+            require_text(item, what=shown(item))
             items.append(option.rules.convert(item) if option.rules.convert else item)
         except InputError as fault:
             faults.add(f"{path}[{index}]", str(fault))
@@ -226,8 +247,7 @@ def _text(option: Option, raw: object) -> str | None:
         if option.optional:
             return None  # "" asks for nothing
         raise unexpected(option, raw)
-    if "\0" in raw:
-        raise InputError(f"expected a text without NUL characters, got {shown(raw)}")
+    require_text(raw, what=shown(raw), is_path=rules.is_path)
     return os.path.expanduser(raw) if rules.is_path else raw
 
 

@@ -25,11 +25,16 @@ from safetensors.torch import load
 
 from ..errors import InputError
 from ..files import save_tensors, unfinished_name, write_atomically
+from ..limited import read_json, read_limited
+from .pixels import MOST_PICTURE_BYTES
+from .seals import damaged, is_seal_of, metadata_of, seal
 
 CACHE_FOLDER_NAME = ".anima_cache"
 INDEX_NAME = "index.json"
 MODEL_INDEX_NAME = "models.json"
 _INDEX_VERSION = 1
+MOST_INDEX_BYTES = 2**30
+_MOST_ENTRY_BYTES = 2**32
 Stamp = tuple[int, int]
 """(bytes, time of the last change in ns) of a file."""
 _ABANDONED_AFTER = 24 * 60 * 60.0  # seconds; an entry is written within one
@@ -101,7 +106,7 @@ class TensorCache:
     def contains(self, key: str) -> bool:
         """Whether the entry is there and whole; a damaged one counts as missing, to be written anew.
 
-        Reads the header only: it tells the length that the file must have.
+        Reads the header only: it tells the length that the file must have, and which entry it is.
         """
         # Not by safetensors, which maps the file into memory: that takes twice as long, 200,000 times.
         try:
@@ -112,6 +117,8 @@ class TensorCache:
                 if end > size:
                     return False
                 header = json.loads((start + file.read(max(end - len(start), 0)))[_LENGTH:end])
+            if not is_seal_of(key, header.get("__metadata__")):
+                return False
             ends = (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
             return end + max(ends) == size
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -135,7 +142,7 @@ class TensorCache:
         # Rows of one batch share its memory, which safetensors refuses to write.
         own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         try:
-            save_tensors(path, own, {})
+            save_tensors(path, own, seal(key, own))
         except (OSError, SafetensorError) as error:
             raise _cannot_write(self.folder, error) from error
         return path
@@ -144,15 +151,22 @@ class TensorCache:
 def read_entry(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of one cache file, on the CPU.
 
+    An entry whose content is not what was written is taken away, so that the next start makes it anew.
+
     Raises:
         InputError: the file is missing or damaged.
     """
     try:
         # Not mapped into memory: on Windows a mapped file can be neither replaced nor deleted.
-        with open(path, "rb") as file:
-            return load(file.read())
+        data = read_limited(Path(path), _MOST_ENTRY_BYTES)
+        tensors = load(data)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: this cache entry is missing or damaged ({error}); start anew to renew it") from error
+        raise damaged(path, error) from error
+    if metadata_of(data) != seal(Path(path).stem, tensors):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            os.unlink(path)
+        raise damaged(path, "its content is not that which was kept")
+    return tensors
 
 
 def read_unchanged(path: Path, sha256: str) -> bytes:
@@ -164,7 +178,7 @@ def read_unchanged(path: Path, sha256: str) -> bytes:
         InputError: it cannot be read any more, or its sha256 is another.
     """
     try:
-        data = path.read_bytes()
+        data = read_limited(Path(path), MOST_PICTURE_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot read this file any more ({error.strerror or error})") from error
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -183,6 +197,8 @@ class FileFacts:
     """Of the file's bytes, 64 hex digits."""
     picture_size: tuple[int, int] | None = None
     """(width, height) with EXIF rotation applied, of a picture that was decoded without fault; else None."""
+    animated: bool = False
+    """Whether the picture has further frames."""
 
 
 class FileIndex:
@@ -264,18 +280,20 @@ def file_stamp(path: Path) -> Stamp:
 
 
 def _facts_to_json(facts: FileFacts) -> dict[str, Any]:
-    return {"sha256": facts.sha256, "picture_size": facts.picture_size}
+    # Only where it is so: an index from before animations were told apart stays in use.
+    animated = {"animated": True} if facts.animated else {}
+    return {"sha256": facts.sha256, "picture_size": facts.picture_size, **animated}
 
 
 def _load_index(path: Path) -> dict[str, tuple[Stamp, FileFacts]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MOST_INDEX_BYTES)
         if content["version"] != _INDEX_VERSION:
             raise ValueError(f"version {content['version']}")
         return {key: _entry_from_json(value) for key, value in content["files"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         logger.warning("%s: this index is not usable (%s); files are read again and the index is rebuilt", path, error)
         return {}
 
@@ -289,7 +307,7 @@ def _entry_from_json(entry: dict[str, Any]) -> tuple[Stamp, FileFacts]:
         picture = (int(width), int(height))
         if min(picture) < 1:
             raise ValueError(f"{picture} is not the size of a picture")
-    return (int(size), int(mtime_ns)), FileFacts(sha256, picture)
+    return (int(size), int(mtime_ns)), FileFacts(sha256, picture, entry.get("animated") is True)
 
 
 def _write_text(path: Path, text: str) -> None:

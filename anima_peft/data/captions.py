@@ -10,11 +10,15 @@ from io import StringIO
 from pathlib import Path
 
 from ..errors import InputError
+from ..limited import read_limited
 from .specs import CaptionSpec
 
 # Of these, the first that an entry has. The first is sd-scripts', the second Hugging Face's (imagefolder).
 _PATH_KEYS = ("image_path", "file_name")
 _CAPTION_KEYS = ("caption", "text")
+MOST_CAPTION_BYTES = 2**20
+"""Of a caption file. What fills the longest conditioning has a hundredth of that."""
+MOST_METADATA_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ def read_caption(path: Path) -> str | None:
     UTF-8 with or without byte order mark, or UTF-16 with one.
 
     Raises:
-        InputError: the file cannot be read or is in another encoding.
+        InputError: the file cannot be read, is too large for a caption, or is in another encoding.
     """
     try:
-        text = _read_text(path, "caption file")
+        text = _read_text(path, "caption file", MOST_CAPTION_BYTES)
     except FileNotFoundError:
         return None
     return clean_lines(text)
@@ -72,7 +76,7 @@ def read_metadata(path: Path) -> list[MetadataEntry]:
         InputError: the file cannot be read, or is not such a file; lists all faulty entries.
     """
     try:
-        text = _read_text(path, "metadata file")
+        text = _read_text(path, "metadata file", MOST_METADATA_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such metadata file") from None
     faults: list[str] = []
@@ -94,12 +98,12 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, object]]]
 
     def parse(part: str, where: str) -> object:
         try:
-            return json.loads(part)
+            return json.loads(part, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {where}not JSON ({error})") from error
 
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(StringIO(text, newline=None), 1):  # not splitlines, which ends them inside texts
             if line.strip():
                 value = parse(line, f"line {number} is ")
                 yield f"line {number}", value if isinstance(value, dict) else {}
@@ -109,6 +113,16 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, object]]]
         raise InputError(f"{path}: expected an object whose keys are pictures, or one object a line in a .jsonl file")
     for key, value in document.items():
         yield json.dumps(key, ensure_ascii=False), {**(value if isinstance(value, dict) else {}), _PATH_KEYS[0]: key}
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, whose keys Python would let overwrite each other."""
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} stands in it twice; remove one")
+        found[key] = value
+    return found
 
 
 def _entry(value: Mapping[str, object]) -> MetadataEntry:
@@ -122,6 +136,7 @@ def _entry(value: Mapping[str, object]) -> MetadataEntry:
     for name, text in (("caption", caption), ("tags", tags)):
         if text is not None and not isinstance(text, str):
             raise InputError(f'expected a text under "{name}"')
+        _require_characters(text or "", f'the text under "{name}"')
     return MetadataEntry(
         path,
         clean_lines(caption) if isinstance(caption, str) else None,
@@ -129,17 +144,27 @@ def _entry(value: Mapping[str, object]) -> MetadataEntry:
     )
 
 
-def _read_text(path: Path, what: str) -> str:
+def _require_characters(text: str, what: str) -> None:
+    """Refuse what no tokenizer takes, and what shows that a text was read in another encoding than its own."""
+    if "\0" in text:
+        raise InputError(f"{what} has NUL characters, as UTF-16 without a byte order mark has; save it as UTF-8")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise InputError(f"{what} has half of a surrogate pair, which is no character; remove it")
+
+
+def _read_text(path: Path, what: str, most_bytes: int) -> str:
     try:
-        data = path.read_bytes()
+        data = read_limited(path, most_bytes)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot read this {what} ({error.strerror or error})") from error
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: this {what} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
         ) from error
+    _require_characters(text, f"{path}: this {what}")
+    return text

@@ -24,6 +24,7 @@ from .caption_choice import CaptionChoice
 from .masks import load_mask
 from .pictures import Picture, load_pixels
 from .randomness import mix, sample_generator, sample_random
+from .seals import require_shape
 from .variation import draw_variation
 
 # The conditioner pads its output with zero rows to at least this many, and the DiT attends to them.
@@ -168,13 +169,13 @@ class CachedDataset(Dataset[Sample]):
         picture, files = self.pictures[number], self._latents[number]
         crop = None
         if files is not None:
-            sample = {"latents": read_entry(files.flipped if flip and files.flipped else files.plain)["latents"]}
+            file = files.flipped if flip and files.flipped else files.plain
+            sample = {"latents": require_shape(file, read_entry(file), "latents", (0, *self._latent_size(picture)))}
         else:
             variation = draw_variation(picture.placement, color=picture.color_aug, crop=picture.random_crop, draw=draw)
             crop = variation.crop
-            width, height = (side // VAE_FACTOR for side in picture.placement.bucket)
             sample = {
-                "latents": torch.zeros(LATENT_CHANNELS, height, width),
+                "latents": torch.zeros(LATENT_CHANNELS, *self._latent_size(picture)),
                 "pixels": load_pixels(picture, flip, variation),
             }
         if self._has_masks:
@@ -189,7 +190,13 @@ class CachedDataset(Dataset[Sample]):
             return torch.ones(1, *size)
         if file is None:
             return load_mask(source, self.pictures[number].placement, crop)
-        return read_entry(file)["mask"]
+        return require_shape(file, read_entry(file), "mask", (1, *size))
+
+    @staticmethod
+    def _latent_size(picture: Picture) -> tuple[int, int]:
+        """(h, w) of a picture's latents."""
+        width, height = picture.placement.bucket
+        return height // VAE_FACTOR, width // VAE_FACTOR
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import InputError
-from .cache import read_unchanged
-from .pictures import Picture
-from .pixels import DECODE_ERRORS, decode_rgb
+from .pictures import Picture, decode
 from .summary import cropped_share
 
 _CELL, _LABEL, _GAP = 168, 34, 8
@@ -42,10 +39,7 @@ def contact_sheet(pictures: Sequence[Picture], columns: int = 6) -> Image.Image:
 
 
 def _cell(picture: Picture) -> Image.Image:
-    try:
-        image = decode_rgb(read_unchanged(picture.path, picture.sha256))
-    except DECODE_ERRORS as error:
-        raise InputError(f"{picture.path}: cannot read this picture ({error}); replace or remove it") from error
+    image = decode(picture)
     scale = _CELL / max(image.size)
     small = image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BOX)  # type: ignore[arg-type]
     placement = picture.placement

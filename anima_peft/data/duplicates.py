@@ -12,9 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..terminal import progress_bar
-from .cache import read_unchanged
-from .pictures import Picture
-from .pixels import decode_rgb
+from .pictures import Picture, decode
 
 _HASH_SIDE = 8
 # Of 64 that differ: copies of drawn patches, resized or as JPEG, differ in 3 at most, other pictures in 12 or more.
@@ -59,7 +57,7 @@ def near_duplicates(pictures: Sequence[Picture], *, progress: bool = True) -> li
 
 
 def _look(picture: Picture) -> _Look:
-    image = decode_rgb(read_unchanged(picture.path, picture.sha256))
+    image = decode(picture)
     grey = np.asarray(image.convert("L").resize((_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
     colours = np.asarray(image.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
     return _Look((grey[:, 1:] > grey[:, :-1]).ravel(), colours)

@@ -64,7 +64,11 @@ def picture_suffixes() -> frozenset[str]:
 
 
 def _files(subset: SubsetSpec, where: str, faults: list[str]) -> Iterator[tuple[Path, MetadataEntry | None]]:
-    """Picture files in their order, with their entries in the metadata file if there is one."""
+    """Picture files in their order, with their entries in the metadata file if there is one.
+
+    What has a picture's name is taken for one, and is a fault where it turns out to be a folder, a pipe or a link to
+    nothing. A link to a picture is followed: that is how sets share them, and how hubs' caches keep them.
+    """
     if subset.metadata_file is not None:
         yield from _named_files(subset, f"{where}.metadata_file", faults)
         return
@@ -94,6 +98,9 @@ def _named_files(subset: SubsetSpec, where: str, faults: list[str]) -> Iterator[
         if subset.image_dir is None and not Path(entry.path).is_absolute():
             faults.append(f"{where}: {entry.path!r} is a relative path; set image_dir, the folder where it starts")
             continue
+        if subset.image_dir is not None and not _is_inside(entry.path, subset.image_dir):
+            faults.append(f"{where}: {entry.path!r} is outside of image_dir = {str(subset.image_dir)!r}; move it there")
+            continue
         path = _with_suffix(Path(subset.image_dir or "") / entry.path)
         if path is None:
             faults.append(f"{where}: there is no picture {str(Path(subset.image_dir or '') / entry.path)!r}")
@@ -104,11 +111,18 @@ def _named_files(subset: SubsetSpec, where: str, faults: list[str]) -> Iterator[
             yield path, entry
 
 
+def _is_inside(path: str, folder: Path) -> bool:
+    """Whether a file's path, relative to the folder or absolute, stays in the folder."""
+    places = ((folder.absolute(), os.path.abspath), (folder, os.path.realpath))  # as written, or wherever links lead
+    return any(Path(place(base / path)).is_relative_to(place(base)) for base, place in places)
+
+
 def _with_suffix(path: Path) -> Path | None:
     """The picture under this path, or the first with this path and a picture's suffix."""
-    if path.suffix.lower() in picture_suffixes() and path.is_file():
+    # Not the methods of Path, which fail over names that are too long.
+    if path.suffix.lower() in picture_suffixes() and os.path.isfile(path):
         return path
-    names = _pictures_in(path.parent) if path.parent.is_dir() else []
+    names = _pictures_in(path.parent) if os.path.isdir(path.parent) else []
     return next((path.parent / name for name in names if name.rpartition(".")[0] in (path.name, path.stem)), None)
 
 
@@ -118,8 +132,7 @@ def _pictures_in(folder: Path) -> list[str]:
     Raises:
         OSError: the folder cannot be read.
     """
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
     return sorted((name for name in names if os.path.splitext(name)[1].lower() in picture_suffixes()), key=_natural)
 
 

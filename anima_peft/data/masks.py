@@ -39,8 +39,7 @@ def masks_of(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
         InputError: the folder cannot be read, or two masks have the same stem.
     """
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise InputError(f"not a folder that can be read ({error.strerror or error})") from error
     found: dict[str, Path] = {}

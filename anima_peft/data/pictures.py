@@ -12,15 +12,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError
+from ..limited import read_limited
 from ..terminal import progress_bar
 from .buckets import Placement, place
-from .cache import FileFacts, FileIndex, Stamp, cache_folder, file_stamp, read_unchanged
+from .cache import INDEX_NAME, FileFacts, FileIndex, Stamp, cache_folder, file_stamp, read_unchanged
 from .finding import Found, find
 from .masks import MaskSource
-from .pixels import DECODE_ERRORS, decode_rgb, fit, picture_size
+from .pixels import DECODE_ERRORS, MOST_PICTURE_BYTES, decode_rgb, fit, look_over
 from .randomness import mix
 from .specs import AS_WRITTEN, CaptionSpec, DatasetSpec
 from .variation import Variation, change_colors
@@ -129,6 +130,10 @@ def scan(
         index.save()
     _warn("%d pictures are left out, because they are not larger than skip_image_resolution: %s", small)
     _warn(
+        "%d pictures are animations, of which only the first frame is trained: %s",
+        [file.path for file in found if facts[file.path].animated],
+    )
+    _warn(
         "%d pictures have neither a caption nor class_tokens and are trained with an empty caption: %s",
         [file.path for file in found if file.caption is None],
     )
@@ -137,6 +142,26 @@ def scan(
         [file.path for file in found if file.leaves_lines],
     )
     return tuple(_balanced(_split(pictures, datasets)))
+
+
+def decode(picture: Picture) -> Image.Image:
+    """A scanned picture in 8-bit RGB as it stands in its file; see `pixels.decode_rgb`.
+
+    Raises:
+        InputError: the file cannot be read or decoded any more, or it is not what was scanned or what the cache
+            folder's index says of it.
+    """
+    data = read_unchanged(picture.path, picture.sha256)
+    try:
+        image = decode_rgb(data)
+    except DECODE_ERRORS as error:
+        raise InputError(_unreadable(picture.path, error)) from error
+    if image.size != picture.size:
+        raise InputError(
+            f"{picture.path}: has {image.width} x {image.height} pixels, and {INDEX_NAME} in its cache folder says "
+            f"{picture.size[0]} x {picture.size[1]}; remove {INDEX_NAME}"
+        )
+    return image
 
 
 def load_pixels(picture: Picture, flip: bool, variation: Variation | None = None) -> torch.Tensor:
@@ -155,11 +180,7 @@ def load_pixels(picture: Picture, flip: bool, variation: Variation | None = None
     Raises:
         InputError: the file cannot be read or decoded any more, or its content is not that which was scanned.
     """
-    data = read_unchanged(picture.path, picture.sha256)
-    try:
-        image = decode_rgb(data)
-    except DECODE_ERRORS as error:
-        raise InputError(_unreadable(picture.path, error)) from error
+    image = decode(picture)
     placement = picture.placement
     if variation is not None:
         image = change_colors(image, variation)
@@ -205,8 +226,9 @@ def _inspect(path: Path) -> tuple[Stamp, FileFacts] | str:
     """Read and decode one file: its facts, with its stamp from before it was read; or its fault."""
     try:
         stamp = file_stamp(path)
-        data = path.read_bytes()
-        return stamp, FileFacts(hashlib.sha256(data).hexdigest(), picture_size(data))
+        data = read_limited(path, MOST_PICTURE_BYTES)
+        look = look_over(data)
+        return stamp, FileFacts(hashlib.sha256(data).hexdigest(), look.size, look.animated)
     except DECODE_ERRORS as error:
         return _unreadable(path, error)
 
@@ -346,7 +368,9 @@ def _balanced(pictures: Sequence[Picture]) -> list[Picture]:
 
 
 def _unreadable(path: Path, error: BaseException) -> str:
-    reason = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else error
+    reason: object = error.strerror if isinstance(error, OSError) and error.strerror else error
+    if isinstance(error, UnidentifiedImageError):
+        reason = "not a picture of a kind that can be read"
     return f"{path}: cannot read this picture ({reason}); replace or remove it"
 
 

@@ -6,12 +6,16 @@ Letters: H, W height and width in pixels.
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from .buckets import Placement
 
@@ -21,11 +25,25 @@ DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,  # of the AVIF decoder
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-_QUARTER_TURNS = {5, 6, 7, 8}
+MOST_PICTURE_BYTES = 2**30
+"""Of an encoded picture: the most pixels that are accepted take less in any format."""
+# What a file may be, whatever its suffix says. PIL reads many others, of which some start a program (EPS runs
+# Ghostscript) and some are rarely looked after.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "JXL")
+_ANIMATED = (
+    "PNG",
+    "WEBP",
+    "GIF",
+    "AVIF",
+    "JXL",
+)  # not MPO: a JPEG with a map of depth behind it
+_LARGE = 2**25  # pixels; of pictures beyond, one at a time is decoded, since each takes a gigabyte
+_decoding_large = threading.Lock()
 # sd-scripts' names; those which it gives to OpenCV's filters mean PIL's of the same kind here.
 INTERPOLATIONS: dict[str, Image.Resampling | None] = {
     "area": None,
@@ -37,16 +55,25 @@ INTERPOLATIONS: dict[str, Image.Resampling | None] = {
 }
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an encoded picture once its EXIF rotation is applied; decodes it wholly, as proof.
+@dataclass(frozen=True)
+class Look:
+    """What there is to say of an encoded picture before it is placed."""
+
+    size: tuple[int, int]
+    """(width, height) in pixels with EXIF rotation applied."""
+    animated: bool
+    """Whether it has further frames, which nothing is made of."""
+
+
+def look_over(data: bytes) -> Look:
+    """Size and kind of an encoded picture; decodes it as `decode_rgb` does, as proof.
 
     Raises:
         One of `DECODE_ERRORS`: `data` is not a picture, is cut short, or has more pixels than PIL accepts.
     """
-    with Image.open(BytesIO(data)) as image:
-        image.load()
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
-        return (image.height, image.width) if turned else (image.width, image.height)
+    with _opened(data) as image:
+        animated = str(image.format).upper() in _ANIMATED and getattr(image, "is_animated", False)
+        return Look(_rgb(image).size, animated)
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -57,8 +84,23 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises:
         One of `DECODE_ERRORS`: `data` is not a picture, is cut short, or has more pixels than PIL accepts.
     """
-    with Image.open(BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened)
+    with _opened(data) as image:
+        return _rgb(image)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The encoded picture, whose header alone is read yet: PIL refuses too many pixels by it."""
+    Image.init()  # once: plugins that are installed beside PIL
+    with (
+        Image.open(BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN]) as image,
+        _decoding_large if image.width * image.height > _LARGE else nullcontext(),
+    ):
+        yield image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         # PIL's own conversion clips at 255, which turns a 16-bit picture white.
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -74,9 +116,9 @@ def decode_alpha(data: bytes) -> Image.Image | None:
     Raises:
         One of `DECODE_ERRORS`: `data` is not a picture, is cut short, or has more pixels than PIL accepts.
     """
-    with Image.open(BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened)
-    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    with _opened(data) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def fit(image: Image.Image, placement: Placement, flip: bool, interpolation: str | None = None) -> torch.Tensor:

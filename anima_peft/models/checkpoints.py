@@ -15,9 +15,12 @@ from diffusers.models.modeling_utils import no_init_weights
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..texts import cut, escaped
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 _SHOWN_KEYS = 8
+_LONGEST_KEY = 200
+_MOST_BLOCKS = 1000
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,18 @@ def read_header(path: str | os.PathLike[str]) -> Checkpoint:
             "Pickled checkpoints (.pt, .pth, .bin, .ckpt) are not loaded; download the file again or convert it."
         ) from error
     return Checkpoint(path, shapes, metadata)
+
+
+def count_numbers(keys: Iterable[str], prefix: str, path: str | os.PathLike[str]) -> int:
+    """How many different numbers stand after `prefix`, such as "blocks."; gaps show up as missing keys later.
+
+    Raises:
+        InputError: more than any model has; to build one would take hours.
+    """
+    count = len({key.removeprefix(prefix).partition(".")[0] for key in keys if key.startswith(prefix)})
+    if count > _MOST_BLOCKS:
+        raise InputError(f"{path}: has {count} different numbers after `{prefix}`, expected at most {_MOST_BLOCKS}.")
+    return count
 
 
 def build_empty(build: Callable[[], Module]) -> Module:
@@ -121,7 +136,10 @@ def load_weights(
         for name in module.state_dict():
             # The tensor is a view of the mapped file. A copy of its own keeps the model whole when the file is
             # replaced, and lets Windows users delete it.
-            stored = file.get_tensor(keys[name])
+            try:
+                stored = file.get_tensor(keys[name])
+            except SafetensorError as error:  # a dtype that torch does not have
+                raise InputError(f"{checkpoint.path}: `{keys[name]}` cannot be read ({error}).") from error
             if not stored.is_floating_point():
                 raise InputError(f"{checkpoint.path}: `{keys[name]}` is {stored.dtype}, expected floating point.")
             tensors[name] = stored.to(torch_dtype or stored.dtype, copy=True)
@@ -151,7 +169,8 @@ def require_all_keys(
 
 def _some(keys: list[str]) -> str:
     rest = len(keys) - _SHOWN_KEYS
-    return ", ".join(keys[:_SHOWN_KEYS]) + (f" … and {rest} more" if rest > 0 else "")
+    shown = [escaped(cut(key, _LONGEST_KEY)) for key in keys[:_SHOWN_KEYS]]
+    return ", ".join(shown) + (f" … and {rest} more" if rest > 0 else "")
 
 
 def guess_content(shapes: Iterable[str]) -> str:

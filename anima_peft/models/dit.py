@@ -12,7 +12,7 @@ import torch
 from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
 from ..errors import InputError
-from .checkpoints import Checkpoint, build_empty, guess_content, load_weights, read_header, require_fit
+from .checkpoints import Checkpoint, build_empty, count_numbers, guess_content, load_weights, read_header, require_fit
 from .compat import ensure_cosmos_without_torchvision
 from .names import CONDITIONER_PREFIX, native_to_diffusers
 from .precision import set_qk_norm_eps
@@ -129,11 +129,6 @@ def _prefix_of(checkpoint: Checkpoint) -> str:
     )
 
 
-def _count_blocks(keys: dict[str, tuple[int, ...]]) -> int:
-    """How many different numbers stand after `blocks.`; gaps show up as missing keys later."""
-    return len({key.split(".")[1] for key in keys if key.startswith("blocks.")})
-
-
 class _Shapes:
     """Shapes by key, with an error that names the file instead of a KeyError."""
 
@@ -161,7 +156,7 @@ def dit_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]) 
         "out_channels": size("final_layer.linear.weight", 0) // _PATCH_AREA,
         "num_attention_heads": hidden // head_dim,
         "attention_head_dim": head_dim,
-        "num_layers": _count_blocks(shapes),
+        "num_layers": count_numbers(shapes, "blocks.", path),
         "mlp_ratio": _mlp_ratio(size("blocks.0.mlp.layer1.weight", 0), hidden),
         "text_embed_dim": size("blocks.0.cross_attn.k_proj.weight", 1),
         "adaln_lora_dim": size("blocks.0.adaln_modulation_self_attn.1.weight", 0),
@@ -182,7 +177,7 @@ def conditioner_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLik
         "source_dim": size("blocks.0.cross_attn.k_proj.weight", 1),
         "target_dim": size("embed.weight", 1),
         "model_dim": model_dim,
-        "num_layers": _count_blocks(shapes),
+        "num_layers": count_numbers(shapes, "blocks.", path),
         "num_attention_heads": inner_dim // head_dim,
         "mlp_ratio": _mlp_ratio(size("blocks.0.mlp.0.weight", 0), model_dim),
         "target_vocab_size": size("embed.weight", 0),

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: that of httpx or its successor
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HTTPError  # HTTPError: that of httpx or its successor
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..errors import InputError
+from ..limited import parse_json
+from .hub_errors import cause
 from .hub_folders import REPO_ID, Hub, HubFolder, parse_hub_folder
 from .tokenizers import TokenizerKind, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for a hub's first answer; where it is blocked, the other hub is not long in coming
-_LONGEST_CAUSE = 400  # characters of a library's message
 
 
 class NotFetchedError(Exception):
@@ -127,7 +127,7 @@ def _from_hugging_face(kind: TokenizerKind, source: HubFolder, folder: Path) -> 
             fetched[wanted[path]] = file
         return fetched
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
-        raise NotFetchedError(cause_of(error)) from error
+        raise NotFetchedError(cause(error)) from error
 
 
 def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Mapping[str, Path]:
@@ -144,7 +144,7 @@ def _from_modelscope(kind: TokenizerKind, source: HubFolder, folder: Path) -> Ma
                 allow_patterns=[glob.escape(path) for path in wanted.values()],
             )
     except Exception as error:  # modelscope's releases have no base class in common
-        raise NotFetchedError(cause_of(error)) from error
+        raise NotFetchedError(cause(error)) from error
     fetched = {name: folder / path for name, path in wanted.items() if (folder / path).is_file()}
     _require_enough(kind, source, list(fetched))
     return fetched
@@ -201,7 +201,7 @@ def _checked(kind: TokenizerKind, fetched: Mapping[str, Path], folder: Path) -> 
             raise NotFetchedError(f"{name} came as an HTML page, as from a proxy or a login")
         if name.endswith(".json"):
             try:
-                json.loads(content)
+                parse_json(content.decode("utf-8"))
             except ValueError as error:
                 raise NotFetchedError(f"{name} came as something else than JSON ({error})") from error
         file.replace(folder / name)
@@ -216,15 +216,3 @@ def _move_in(files: Sequence[Path], folder: Path) -> None:
     for file in files:
         if file.is_file() and not (folder / file.name).exists():
             file.replace(folder / file.name)
-
-
-def cause_of(error: BaseException) -> str:
-    """A library's error in one line, without the user's tokens, which a server may echo."""
-    if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
-        error = error.__cause__  # these wrap what happened in words that say less
-    if isinstance(error, json.JSONDecodeError):
-        return "the hub answered with something else than JSON, such as the page of a proxy or a login"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    for token in (get_token(), os.environ.get("MODELSCOPE_API_TOKEN")):
-        text = text.replace(token, "***") if token else text
-    return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]} …"

@@ -11,8 +11,9 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from transformers import Qwen3Config, Qwen3Model
 
 from ..errors import InputError
-from .checkpoints import Checkpoint, build_empty, guess_content, load_weights, read_header, require_fit
-from .folders import check_part, load_part
+from .checkpoints import Checkpoint, build_empty, count_numbers, guess_content, load_weights, read_header, require_fit
+from .folders import cannot_load, check_part, load_part
+from .part_configs import CONFIG_ERRORS
 
 # Constants of Qwen3-0.6B-Base that no weight tells (its config.json on the hub).
 _QWEN_CONSTANTS: dict[str, Any] = {
@@ -47,9 +48,12 @@ def load_text_encoder(path: str | Path, torch_dtype: torch.dtype | None = None) 
     if path.is_dir():
         check_part(path, "text_encoder")
         folder = path
-        encoder = Qwen3Model.from_pretrained(
-            folder, dtype=torch_dtype or "auto", use_safetensors=True, local_files_only=True
-        )
+        try:
+            encoder = Qwen3Model.from_pretrained(
+                folder, dtype=torch_dtype or "auto", use_safetensors=True, local_files_only=True
+            )
+        except CONFIG_ERRORS as error:
+            raise cannot_load(folder, error) from error
         return encoder.requires_grad_(False).eval()
     return _load(_fit_text_encoder(path), torch_dtype)
 
@@ -124,12 +128,12 @@ def _fit_vae(path: Path) -> Fitted:
             f"{path}: not the Qwen-Image VAE; it looks like {guess_content(checkpoint.shapes)}. "
             "Expected a checkpoint such as qwen_image_vae.safetensors."
         )
-    resnets = {key.split(".")[4] for key in keys if key.startswith("decoder.up_blocks.0.resnets.")}
+    resnets = count_numbers(keys, "decoder.up_blocks.0.resnets.", path)
     vae = build_empty(
         lambda: AutoencoderKLQwenImage(
             base_dim=checkpoint.shapes[keys["encoder.conv_in.weight"]][0],
             z_dim=_LATENT_CHANNELS,
-            num_res_blocks=len(resnets) - 1,
+            num_res_blocks=max(resnets - 1, 0),
         )
     )
     surplus = checkpoint.shapes.keys() - keys.values()  # two names for one weight
@@ -144,14 +148,14 @@ def _qwen_config(checkpoint: Checkpoint, prefix: str) -> Qwen3Config:
             raise InputError(f"{checkpoint.path}: `{prefix + key}` is missing or malformed; the file is incomplete.")
         return shape[dim]
 
-    layers = {key.split(".")[1] for key in checkpoint.with_prefix(prefix) if key.startswith("layers.")}
+    layers = count_numbers(checkpoint.with_prefix(prefix), "layers.", checkpoint.path)
     head_dim = size("layers.0.self_attn.q_norm.weight", 0)
     return Qwen3Config(
         **_QWEN_CONSTANTS,
         vocab_size=size("embed_tokens.weight", 0),
         hidden_size=size("embed_tokens.weight", 1),
         intermediate_size=size("layers.0.mlp.gate_proj.weight", 0),
-        num_hidden_layers=len(layers),
+        num_hidden_layers=layers,
         num_attention_heads=size("layers.0.self_attn.q_proj.weight", 0) // head_dim,
         num_key_value_heads=size("layers.0.self_attn.k_proj.weight", 0) // head_dim,
         head_dim=head_dim,

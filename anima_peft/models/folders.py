@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,26 @@ import torch
 from diffusers.models import AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (  # type: ignore[attr-defined]  # T5TokenizerFast is an alias made at run time
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
     T5TokenizerFast,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import InputError
 from .checkpoints import build_empty, read_header, require_all_keys
+from .hub_errors import cause
+from .part_configs import (
+    CONFIG_ERRORS,
+    check_scheduler,
+    read_config,
+    require_own_weights,
+    require_plausible,
+    require_statistics,
+)
 
 PARTS: dict[str, Any] = {
     "text_encoder": Qwen3Model,
@@ -63,7 +72,7 @@ def fetch_folder(path_or_repo: str | Path, parts: Collection[str], **hub_options
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(
             f"{path_or_repo}: no such folder here, and the hub repo of this name cannot be had "
-            f"({type(error).__name__}: {error})."
+            f"({cause(error, hub_options.get('token'))})."
         ) from error
 
 
@@ -98,6 +107,8 @@ def check_folder(folder: Path, parts: Collection[str], variant: str | None = Non
     for part in _WITH_WEIGHTS:
         if part in parts:
             check_part(folder / part, part, variant)
+    if "scheduler" in parts:
+        check_scheduler(folder / "scheduler")
 
 
 def load_part(folder: Path, part: str, torch_dtype: torch.dtype | None = None) -> Any:
@@ -112,9 +123,12 @@ def load_part(folder: Path, part: str, torch_dtype: torch.dtype | None = None) -
         InputError: another model, or its weights do not fit.
     """
     check_part(folder, part)
-    model = PARTS[part].from_pretrained(
-        str(folder), torch_dtype=torch_dtype or torch.float32, use_safetensors=True, local_files_only=True
-    )
+    try:
+        model = PARTS[part].from_pretrained(
+            str(folder), torch_dtype=torch_dtype or torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except CONFIG_ERRORS as error:
+        raise cannot_load(folder, error) from error
     for parameter in model.parameters():
         # Unless the dtype changed it is a view of the mapped file: what is written there would change the model.
         parameter.data = parameter.data.clone()
@@ -132,7 +146,7 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
     Raises:
         InputError: no config, no safetensors, another model, or a missing, unexpected or misshapen key.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     stock = PARTS[part]
     kind = config.get("model_type" if stock is Qwen3Model else "_class_name")
     expected_kind = Qwen3Config.model_type if stock is Qwen3Model else stock.__name__
@@ -143,11 +157,13 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
     files = [file for file in files if variant and f".{variant}" in file.name] or files
     if not files:
         raise InputError(f"{folder}: no .safetensors file. Pickled weights (.bin, .pt) are not loaded; convert them.")
-    if "quantization_config" in config:
-        return
+    require_own_weights(folder)
     stored: dict[str, tuple[int, ...]] = {}
     for file in files:
         stored |= read_header(file).shapes
+    require_plausible(config, len(stored), folder)
+    if _is_quantised(config, stock, folder):
+        return
 
     if stock is Qwen3Model:
         # A causal language model's folder serves as well: `model.` in front, and a head that is not needed.
@@ -156,7 +172,7 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
         model = build_empty(
             lambda: Qwen3Model(Qwen3Config.from_dict(config)) if stock is Qwen3Model else stock.from_config(config)
         )
-    except (TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
+    except CONFIG_ERRORS as error:
         raise InputError(f"{folder}: config.json does not describe a `{expected_kind}` ({error}).") from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     misshapen = [
@@ -166,12 +182,21 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
     ]
     require_all_keys(folder, stock.__name__, expected.keys() - stored, stored.keys() - expected.keys(), misshapen)
 
+    if stock is AutoencoderKLQwenImage:
+        require_statistics(model.config, folder)
 
-def _read_config(folder: Path) -> dict[str, Any]:
+
+def _is_quantised(config: Mapping[str, Any], stock: Any, folder: Path) -> bool:
+    """Whether the part's library will have its quantiser load the weights."""
+    if "quantization_config" not in config or stock is not Qwen3Model:
+        return "quantization_config" in config  # diffusers refuses a method that it does not know
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no readable config.json ({error}).") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{folder}: config.json holds no table of settings.")
-    return config
+        # Of such a method transformers only warns, and takes the weights as they are.
+        return AutoHfQuantizer.supports_quant_method(config["quantization_config"])
+    except CONFIG_ERRORS as error:
+        raise cannot_load(folder, error) from error
+
+
+def cannot_load(folder: Path, error: Exception) -> InputError:
+    """The fault of a folder that passed `check_part` and that the library cannot make the part of."""
+    return InputError(f"{folder}: cannot be loaded ({type(error).__name__}: {error}); get the folder's files again.")

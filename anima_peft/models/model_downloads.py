@@ -15,8 +15,9 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError  # that of httpx or its successor
 
 from ..errors import InputError
-from .downloads import NotFetchedError, cause_of, is_listed, quiet
+from .downloads import NotFetchedError, is_listed, quiet
 from .folders import FILE_TYPES, INDEXES, PARTS
+from .hub_errors import cause
 from .hub_folders import Hub, HubFolder
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def _from_hugging_face(source: HubFolder, folder: Path, choose: Choice) -> Fetch
     try:
         repo = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=_TIMEOUT)
     except (HTTPError, OSError, ValueError) as error:
-        raise NotFetchedError(cause_of(error)) from error
+        raise NotFetchedError(cause(error)) from error
     listing = {sibling.rfilename: sibling for sibling in repo.siblings or []}
     wanted = _checked(choose(listing))
     missing, there = _split(folder, wanted, lambda path, file: is_listed(file, listing[path]))
@@ -127,7 +128,7 @@ def _from_hugging_face(source: HubFolder, folder: Path, choose: Choice) -> Fetch
         try:
             file = Path(api.hf_hub_download(source.repo_id, path, revision=repo.sha, local_dir=folder / _STAGING))
         except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
-            raise _no_room(error) or NotFetchedError(cause_of(error)) from error
+            raise _no_room(error) or NotFetchedError(cause(error)) from error
         if not is_listed(file, listing[path]):
             file.unlink()  # or the next attempt would take it for complete
             raise NotFetchedError(f"what came for {path} is not the file of the repo's listing (hashes differ)")
@@ -144,7 +145,7 @@ def _from_modelscope(source: HubFolder, folder: Path, choose: Choice) -> Fetched
         with quiet("modelscope", "modelscope_hub"):
             listed = HubApi().get_model_files(source.repo_id, revision=revision, recursive=True)
     except Exception as error:  # modelscope's releases have no base class in common
-        raise NotFetchedError(cause_of(error)) from error
+        raise NotFetchedError(cause(error)) from error
     sizes = {file["Path"]: file["Size"] for file in listed}
     wanted = _checked(choose(sizes))
     missing, there = _split(folder, wanted, lambda path, file: file.stat().st_size == sizes[path])
@@ -160,7 +161,7 @@ def _from_modelscope(source: HubFolder, folder: Path, choose: Choice) -> Fetched
                     allow_patterns=[glob.escape(path) for path in missing],
                 )
         except Exception as error:
-            raise _no_room(error) or NotFetchedError(cause_of(error)) from error
+            raise _no_room(error) or NotFetchedError(cause(error)) from error
     lost = [path for path in missing if not (staging / path).is_file()]
     if lost:
         raise NotFetchedError(f"{lost[0]} did not come")

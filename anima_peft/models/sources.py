@@ -49,7 +49,7 @@ def locate_model(
         InputError: no such path, and no such repo can be had.
     """
     path = Path(path_or_repo).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # not the method of Path, which fails over names that are too long
         return path
     if not REPO_ID.fullmatch(os.fspath(path_or_repo)):
         raise InputError(
@@ -134,7 +134,7 @@ class _Search:
                 self.faults.append(f"{option}: required, since anima_transformer is a single file: {missing_hint}")
             return Path()
         path = Path(given).expanduser()
-        if not path.exists():
+        if not os.path.exists(path):
             self.faults.append(f"{option}: no such file or folder: {path}")
         return path
 
@@ -145,7 +145,7 @@ class _Search:
         if not sources or (given is None and (self.base is None or self.base.is_dir())):
             return self.part(kind.option, given, subfolder, f"give the folder of the {kind.name} tokenizer")
         path = default_folder(kind, sources[0]) if given is None else Path(given).expanduser()
-        if path.exists() and not path.is_dir():
+        if os.path.exists(path) and not path.is_dir():
             self.faults.append(f"{kind.option}: expected a folder, got a file: {path}")
         self.to_complete.append((kind, path, sources))
         return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import Qwen2Tokenizer, T5TokenizerFast
 
 from ..errors import InputError
+from ..limited import read_json
 from .hub_folders import QWEN_REPO, T5_MODELSCOPE_REPO, T5_REPO, T5_SUBFOLDER, HubFolder, download_order
 
 
@@ -115,6 +115,8 @@ def load_tokenizer(kind: TokenizerKind, folder: str | Path) -> Any:
         tokenizer = kind.stock.from_pretrained(folder, local_files_only=True, padding_side="right")
     except Exception as error:  # the tokenizers library raises plain ones
         raise InputError(f"{folder}: the tokenizer's files cannot be read: {error}") from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise InputError(f"{folder}: tokenizer_config.json has a model_max_length that is no number.")
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         raise InputError(f"{folder}: the tokenizer's vocabulary is empty; copy its files again.")
     return tokenizer
@@ -123,6 +125,6 @@ def load_tokenizer(kind: TokenizerKind, folder: str | Path) -> Any:
 def _algorithm(folder: Path) -> str | None:
     """What `tokenizer.json` calls its model ("BPE", "Unigram"); None without one, or where it does not say."""
     try:
-        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"]
+        return read_json(folder / "tokenizer.json")["model"]["type"]
     except (OSError, ValueError, TypeError, KeyError):
         return None

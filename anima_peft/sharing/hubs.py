@@ -10,7 +10,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError: that of httpx or its successor
 
 from ..errors import InputError, TrainingError
-from ..models.downloads import cause_of, quiet
+from ..models.downloads import quiet
+from ..models.hub_errors import cause
 from ..models.hub_folders import Hub
 
 _MESSAGE = "Upload by anima_peft"
@@ -102,7 +103,7 @@ def _to_hugging_face(folder: Path, repo_id: str, private: bool, license: str, co
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
         if isinstance(error, InputError):
             raise
-        raise _RefusedError(cause_of(error)) from error
+        raise _RefusedError(cause(error)) from error
     return Pushed(f"{api.endpoint}/{repo_id}", created)
 
 
@@ -122,7 +123,7 @@ def _to_modelscope(folder: Path, repo_id: str, private: bool, license: str, conf
     except InputError:
         raise
     except Exception as error:  # modelscope's releases have no base class in common
-        raise _RefusedError(cause_of(error)) from error
+        raise _RefusedError(cause(error)) from error
     return Pushed(f"{api.endpoint}/models/{repo_id}", created)
 
 

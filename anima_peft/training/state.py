@@ -25,6 +25,7 @@ from ..adapters.reading import parse
 from ..adapters.sources import read_adapter_file
 from ..errors import InputError
 from ..files import flush_folder, flush_tree, unfinished_name, write_atomically
+from ..limited import read_json
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
 from .outputs import STATE_SUFFIX, Outputs
@@ -121,11 +122,11 @@ def read_progress(folder: Path) -> Progress:
     if not file.is_file():
         raise InputError(f"resume: {folder} is not a state folder (no {PROGRESS_FILE}); expected one named …-state.")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         for key in ("saved_steps", "saved_epochs"):
             values[key] = [(int(number), str(name)) for number, name in values[key]]
         return Progress(**values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"resume: {file} cannot be read ({error}); use an earlier state.") from error
 
 
@@ -142,7 +143,11 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
         accelerator.step = 0  # batches since an optimizer step; those of a step that failed are not in the state
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # whose text advises to read it all the same
+        raise InputError(
+            f"resume: {folder} holds more than tensors and numbers, which is not read; use an earlier state."
+        ) from error
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"resume: {folder} is incomplete or damaged ({error}); use an earlier state.") from error
 
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from anima_peft.data import DatasetSpec, Picture, load_pixels, place
-from anima_peft.data.pixels import INTERPOLATIONS, _shrink, picture_size
+from anima_peft.data.pixels import INTERPOLATIONS, _shrink, look_over
 from anima_peft.errors import InputError
 
 
 def picture_of(path: Path, spec: DatasetSpec) -> Picture:
     data = path.read_bytes()
-    size = picture_size(data)
+    size = look_over(data).size
     return Picture(path, hashlib.sha256(data).hexdigest(), size, "", 1, False, place(size, spec), 0, 1)
 
 
