@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .errors import InputError, Interrupted, TrainingError
+from .launched import is_local_main, is_main
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +47,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_faults(action: Callable[[], None]) -> int:
     """Run `action`; what the user can mend is printed as one message without a traceback.
 
+    Of several processes on a machine, one speaks: the others know no more.
+
     Returns:
         The exit code.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    level = logging.WARNING if is_local_main() else logging.ERROR
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         action()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return FAULTY_INPUT
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder gone; its text names the file
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return FAILED
     except Interrupted as end:
-        print(end, file=sys.stderr)
+        _say(str(end))
         return end.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
     return DONE
+
+
+def _say(text: str) -> None:
+    if is_local_main():
+        print(text, file=sys.stderr)
 
 
 def train_from(argv: Sequence[str], prog: str) -> None:
@@ -82,6 +91,8 @@ def train_from(argv: Sequence[str], prog: str) -> None:
     if config.print_config:
         for warning in config.warnings:
             logger.warning(warning)
+        if not is_main():
+            return
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # as TOML is; a redirection on Windows would not be
         print(config.resolved, end="")
@@ -89,6 +100,8 @@ def train_from(argv: Sequence[str], prog: str) -> None:
     from .training.run import train
 
     result = train(config)
+    if not is_main():
+        return
     print(f"\n{result.steps} steps; the adapter's size is {result.relative_delta:.2%} of the adapted weights.")
     written = {
         "adapter": result.adapter,

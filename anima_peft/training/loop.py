@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,17 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..data.dataset import BucketBatchSampler
+from ..data.dataset import BucketBatchSampler, lengthen_text, text_rows
 from .averages import AdapterAverage
 from .flow import add_noise, velocity
 from .groups import reported_rates
 from .health import Health
 from .losses import FlowLoss
+from .processes import Processes
 from .state import Progress
 
 _AVERAGED = 50
-_NOT_TEXT = frozenset({"latents", "noise", "input_noise", "sigma", "mask", "loss_weight"})
+_NOT_TEXT = frozenset({"latents", "noise", "input_noise", "sigma", "mask", "loss_weight", "share"})
 _GIB = 2**30
 
 
@@ -39,6 +40,8 @@ class Parts:
         loss: of each sample.
         limit_norms: called after each step, for max-norm regularization; gives what to log of it.
         complete: encodes what is not kept of a batch.
+        processes: that train together.
+        long_texts: whether a caption can have more rows than the model pads all of them to.
     """
 
     model: torch.nn.Module
@@ -51,21 +54,25 @@ class Parts:
     loss: FlowLoss
     limit_norms: Callable[[], Mapping[str, float]]
     complete: Callable[[Mapping[str, Any]], dict[str, torch.Tensor]]
+    processes: Processes
+    long_texts: bool
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], loss: FlowLoss) -> torch.Tensor:
-    """Mean loss of one batch, float32.
+    """Mean loss of one batch, float32; of a part of a batch, what it brings to the mean over the processes.
 
     Args:
         batch: latents and noise (B, 16, h, w) float32, perhaps input_noise, which the model sees instead of noise,
-            sigma (B,) float32, perhaps mask (B, 1, h, w) and loss_weight (B,), and the text under the names that
-            `AnimaTransformerModel.forward` takes.
+            sigma (B,) float32, perhaps mask (B, 1, h, w), loss_weight (B,) and share (B,), and the text under the
+            names that `AnimaTransformerModel.forward` takes.
     """
     text = {key: value for key, value in batch.items() if key not in _NOT_TEXT}
     noisy = add_noise(batch["latents"], batch.get("input_noise", batch["noise"]), batch["sigma"])
     prediction = model(noisy, batch["sigma"], **text)
     losses = loss(prediction, velocity(batch["latents"], batch["noise"]), batch["sigma"], batch.get("mask"))
-    return (losses * batch["loss_weight"] if "loss_weight" in batch else losses).mean()
+    if "loss_weight" in batch:
+        losses = losses * batch["loss_weight"]
+    return (losses * batch["share"]).sum() if "share" in batch else losses.mean()
 
 
 def run_loop(
@@ -103,13 +110,15 @@ def run_loop(
             # Both: accelerate's loader counts epochs of its own and hands its count to the sampler.
             loader.set_epoch(progress.epoch)
             parts.sampler.set_epoch(progress.epoch)
-            for batch in loader:
+            for batch in _batches(parts, loader):
                 with accelerator.accumulate(parts.model):
-                    loss = batch_loss(parts.model, parts.complete(batch), parts.loss)
+                    with parts.processes.together():
+                        loss = batch_loss(parts.model, batch, parts.loss)
                     accelerator.backward(loss)
-                    meter.add(loss.item(), batch["sigma"].tolist())
+                    meter.add(loss.item(), batch)
                     if accelerator.sync_gradients:
-                        values = _take_step(accelerator, parts, progress, meter, health, max_grad_norm)
+                        with parts.processes.together():
+                            values = _take_step(accelerator, parts, progress, meter, health, max_grad_norm)
                     parts.optimizer.zero_grad(set_to_none=True)
                 progress.batch += 1
                 if accelerator.sync_gradients:
@@ -120,6 +129,16 @@ def run_loop(
                     if progress.step >= total_steps:
                         break
             _end_epoch(parts, progress, mark, on_epoch)
+
+
+def _batches(parts: Parts, loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's parts of the batches, complete, with texts as long as all parts together have them."""
+    for batch in parts.processes.each(map(parts.complete, loader)):
+        if parts.processes.count > 1 and parts.long_texts:
+            longest = max(parts.processes.gather(text_rows(batch)))
+            yield lengthen_text(batch, longest)
+        else:
+            yield batch
 
 
 def _take_step(
@@ -206,10 +225,14 @@ class _Meter:
         """Of the samples of each of them."""
         return self._sigmas
 
-    def add(self, loss: float, sigmas: Sequence[float]) -> None:
-        """Count one batch."""
-        self._losses.append(loss)
-        self._sigmas.append(sigmas)
+    def add(self, loss: float, batch: Mapping[str, torch.Tensor]) -> None:
+        """Count one batch, of which all processes have done their parts."""
+        sigmas: list[float] = batch["sigma"].tolist()
+        if "share" in batch:
+            sigmas = [sigma for sigma, share in zip(sigmas, batch["share"].tolist(), strict=True) if share]
+        parts = self._parts.processes.gather((loss, sigmas))
+        self._losses.append(sum(part for part, _ in parts) / len(parts))
+        self._sigmas.append([sigma for _, part in parts for sigma in part])
 
     def step(self, further: Mapping[str, float]) -> None:
         """Report one optimizer step: the mean over its accumulated batches, and `further` values, `lr` among them."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.masks import MaskSource
 from ..data.pictures import Picture
+from .state import BATCH_SIZES
 
 if TYPE_CHECKING:
     from ..config import TrainOptions
@@ -33,7 +34,7 @@ def state_settings(options: TrainOptions, pictures: Sequence[Picture]) -> dict[s
         "gradient_accumulation_steps": loop.gradient_accumulation_steps,
         "seed": loop.seed,
         "number of pictures": len(pictures),
-        "batch sizes": sorted({picture.batch_size for picture in pictures}),
+        BATCH_SIZES: sorted({picture.batch_size for picture in pictures}),
         "buckets": sorted({f"{picture.placement.bucket[0]}x{picture.placement.bucket[1]}" for picture in pictures}),
         "content of the pictures, captions and subsets (sha256)": _fingerprint(pictures),
     }
@@ -47,8 +48,11 @@ def other_settings(options: TrainOptions) -> dict[str, Any]:
 
 
 def _fingerprint(pictures: Sequence[Picture]) -> str:
-    """Of all that is known of each picture but places: folders may move."""
-    known = [{**asdict(picture), "path": None, "mask": _without_place(picture.mask)} for picture in pictures]
+    """Of all that is known of each picture but places, as folders may move, and batch sizes, compared by themselves."""
+    known = [
+        {**asdict(picture), "path": None, "batch_size": None, "mask": _without_place(picture.mask)}
+        for picture in pictures
+    ]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8")).hexdigest()
 
 
