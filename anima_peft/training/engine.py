@@ -105,8 +105,8 @@ def _refused(name: str) -> InputError:
 
 
 def _handlers() -> list[KwargsHandler]:
-    # Buffers are constants here, and need not be sent around in every step.
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    # Gradients are not kept twice: a full LoKr has many.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if torch.cuda.is_available() and not torch.distributed.is_nccl_available():  # Windows
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     return handlers
