@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def this_process() -> int:
 def report(config: RunConfig, folder: Path) -> None:
     """Train as the command line does; exit code and what was said go into `<folder>/<process>.txt`."""
     with (folder / f"{this_process()}.txt").open("w", encoding="utf-8") as file:
+        logging.getLogger().handlers.clear()  # those of pytest, which would keep ours away
         with contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
             code = report_faults(lambda: print(train(config).steps, "steps"))
         file.write(f"\nexit code {code}")

@@ -112,7 +112,7 @@ def test_the_adapter_is_that_of_one_process(
 
 EQUAL = {
     "AdamW": ["--optimizer_type", "AdamW", "--learning_rate", "1e-4", "--use_ema", "--scale_weight_norms", "0.01"],
-    "accumulation": [*SGD, "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.01"],
+    "accumulation": [*SGD[:-1], "0.01", "--gradient_accumulation_steps", "2"],
     "LoKr": [*SGD, "--network_module", "networks.lokr_anima"],
     "LoKr's sentinel": [*SGD, "--network_module", "networks.lokr_anima", "--network_dim", "100000"],
     "DoRA": [*SGD, "--network_args", "use_dora=true"],
@@ -158,7 +158,7 @@ def test_validation_is_that_of_one_process(
 ) -> None:
     note_logs(monkeypatch, tmp_path)
     flags = ["--max_train_epochs", "2", *SGD, "--validate_every_n_epochs", "1"]
-    split = "validation_split = 0.4\n"
+    split = "[general]\nvalidation_split = 0.4\n"
     train(configure(*flags, *batches_of(4, uneven, split), output_dir=tmp_path / "one"))
     in_processes(2, train, configure(*flags, *batches_of(2, uneven, split), output_dir=tmp_path / "two"))
     assert any("validation/loss" in row for row in logged(tmp_path, 1, 0))
@@ -183,7 +183,7 @@ def test_dropout_differs_between_the_processes(
     config = configure("--max_train_steps", "1", "--network_dropout", "0.5", *batches_of(2, uneven))
     in_processes(2, train, config)
     lines = [line.split() for line in seen.read_text().splitlines()]
-    masks = {number: [mask for process, mask in lines if process == number] for number in ("0", "1")}
+    masks = {number: [mask for process, mask in lines if process == number and "0" in mask] for number in ("0", "1")}
     assert len(masks["0"]) == len(masks["1"]) > 0
     assert not set(masks["0"]) & set(masks["1"])
 
@@ -237,28 +237,25 @@ def test_another_number_of_processes_goes_on_with_as_large_batches(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after", "steps"), [(2, 1, 10), (1, 2, 10)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_other_batches(
-    configure: Configure, tmp_path: Path, uneven: Path, before: int, after: int, steps: int
+    configure: Configure, tmp_path: Path, uneven: Path, before: int, after: int
 ) -> None:
-    """The epochs stay as many; shuffled captions of all of them are there. Buckets of 4, 3 and 1 in batches of 2."""
-    of_one, of_two = 5, 3
+    """The epochs stay as many; shuffled captions of all of them are there."""
+    per_epoch = {1: 5, 2: 3}  # buckets of 4, 3 and 1 in batches of 2 and 4
     shuffled = "shuffle_caption = true\nflip_aug = true\n"
     flags = [*batches_of(2, uneven, shuffled), "--save_state", "--max_train_epochs", "3", "--save_every_n_steps", "1"]
     in_processes(before, report, configure(*flags), tmp_path)
-    per_epoch = {1: of_one, 2: of_two}
     done = per_epoch[before] + 1  # one batch into the second epoch
     state = tmp_path / "output" / f"test-step{done:08d}-state"
     in_processes(after, report, configure(*flags, "--resume", str(state)), tmp_path)
     said = reported(tmp_path, 0)
     assert "exit code 0" in said
+    assert f"made with {before} process(es), and there are {after} now" in said
     progress = json.loads((tmp_path / "output" / "test-state" / "progress.json").read_text())
-    assert progress["epoch"] == 3
-    assert progress["processes"] == after
-    # What is left of the second epoch after its first batch, and the third.
-    samples = {1: 2, 2: 4}
+    assert (progress["epoch"], progress["processes"]) == (3, after)
+    # After its first batch, what is left of the second epoch, and the third.
     assert done + per_epoch[after] < progress["step"] <= done + 2 * per_epoch[after]
-    assert samples
 
 
 @pytest.mark.slow
