@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 from collections import Counter
@@ -20,9 +19,9 @@ from anima_peft.data.cache import TensorCache
 from anima_peft.data.dataset import CachedDataset
 from anima_peft.errors import InputError
 from anima_peft.training.run import train
+from tests.several import in_processes, report, reported, this_process
 
 from .conftest import DATASET, Configure
-from .several import in_processes, report, reported, this_process
 from .test_resume import names_in, same_tensors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has imported torch")
@@ -30,16 +29,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process
 # The update is the gradient times the rate: what Adam would hide, or blow up, is seen as it is.
 SGD = ["--optimizer_type", "torch.optim.SGD", "--learning_rate", "0.05", "--max_grad_norm", "0"]
 FLAGS = ["--max_train_epochs", "2", "--network_args", "train_llm_adapter=true"]
-
-
-@pytest.fixture
-def uneven(pictures: Path, tmp_path: Path) -> Path:
-    """Pictures in buckets of 4, 3 and 1, without a cache: batches of 4 go round among 2 processes as 2, 1 or none."""
-    folder = tmp_path / "图 片"
-    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns(".anima_cache"))
-    for stem in ("06", "05", "08", "11"):
-        (folder / f"{stem}.png").unlink()
-    return folder
 
 
 def batches_of(size: int, pictures: Path, subset: str = "") -> list[str]:
