@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .errors import InputError, Interrupted, TrainingError
+from .launched import is_local_main, is_main
 from .terminal import LINE_BREAK, prepare_terminal
 from .texts import escaped
 
@@ -60,27 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_faults(action: Callable[[], None]) -> int:
     """Run `action`; what the user can mend is printed as one message without a traceback.
 
-    Messages may repeat what stands in files of others: what a terminal would obey is escaped in them.
+    Of several processes on a machine, one speaks: the others know no more. Messages may repeat what stands in files of
+    others: what a terminal would obey is escaped in them.
 
     Returns:
         The exit code.
     """
-    prepare_terminal()
+    prepare_terminal(logging.WARNING if is_local_main() else logging.ERROR)
     try:
         action()
     except InputError as error:
-        print(f"error: {escaped(str(error), keep=LINE_BREAK)}", file=sys.stderr)
+        _say(f"error: {error}")
         return FAULTY_INPUT
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder gone; its text names the file
-        print(f"error: {escaped(str(error), keep=LINE_BREAK)}", file=sys.stderr)
+        _say(f"error: {error}")
         return FAILED
     except Interrupted as end:
-        print(end, file=sys.stderr)
+        _say(str(end))
         return end.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
     return DONE
+
+
+def _say(text: str) -> None:
+    if is_local_main():
+        print(escaped(text, keep=LINE_BREAK), file=sys.stderr)
 
 
 def train_from(argv: Sequence[str], prog: str) -> None:
@@ -98,6 +105,8 @@ def train_from(argv: Sequence[str], prog: str) -> None:
     if config.print_config:
         for warning in config.warnings:
             logger.warning(warning)
+        if not is_main():
+            return
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # as TOML is; a redirection on Windows would not be
         print(config.resolved, end="")
@@ -106,6 +115,8 @@ def train_from(argv: Sequence[str], prog: str) -> None:
     from .training.run import train
 
     result = train(config)
+    if not is_main():
+        return
     print(f"\n{result.steps} steps; the adapter's size is {result.relative_delta:.2%} of the adapted weights.")
     print(written_text(result.adapter, result.log_folder))
 

@@ -28,8 +28,8 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
     return tqdm(*args, **options)
 
 
-def prepare_terminal() -> None:
-    """Make standard output take every character, and the log go to standard error without breaking a bar."""
+def prepare_terminal(level: int) -> None:
+    """Make standard output take every character, and the log from this level on go to standard error beside bars."""
     for stream in (sys.stdout, sys.stderr):
         # Names and captions may have characters that a console of Windows has not (cp1252, GBK).
         if hasattr(stream, "reconfigure"):
@@ -37,7 +37,7 @@ def prepare_terminal() -> None:
     handler = logging.StreamHandler(_BesideBars())
     handler.addFilter(_Once())
     handler.setFormatter(_Escaping("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 class _Escaping(logging.Formatter):

@@ -43,6 +43,7 @@ from anima_peft.training.engine import engine
 from anima_peft.training.health import Health
 from anima_peft.training.network import add_network
 from anima_peft.training.prepare import prepare_model, prepare_parts
+from anima_peft.training.processes import Processes
 from anima_peft.training.state import Progress
 from anima_peft.transformer import AnimaTransformerModel
 
@@ -129,7 +130,7 @@ def ours(case: Case, accelerator: Accelerator, folder: Path, flags: Sequence[str
     prepare_model(model, options, accelerator)
     sampler = BucketBatchSampler([(0, case.latents)] * case.batch, {0: case.batch}, seed=0)
     samples: Any = _Prepared(_Samples(case, folder))
-    parts = prepare_parts(accelerator, options, model, parameters, samples, sampler, FULL)
+    parts = prepare_parts(accelerator, Processes(accelerator), options, model, parameters, samples, sampler, FULL)
     progress = Progress()
     health = Health(0, progress, lambda batches: [["picture"] * case.batch] * batches)
 

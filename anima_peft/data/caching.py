@@ -16,11 +16,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -110,6 +111,16 @@ class _Plan(Generic[File, Source]):
     def missing(self) -> int:
         """How many entries have to be encoded."""
         return len(self._missing)
+
+    def share(self, index: int, count: int) -> Self:
+        """A plan that leaves to others what is not in this one of `count` equal shares."""
+        part = copy(self)
+        part._missing = self._missing[index::count]
+        return part
+
+    def look_again(self) -> None:
+        """Drop from what is missing what others have made meanwhile."""
+        self._missing = [item for item in self._missing if not item.cache.contains(item.key)]
 
     def _batches(self, batch_size: int, group: Callable[[Source], Hashable]) -> list[list[_Missing[Source]]]:
         """The missing entries in their order; a batch holds one `group` only."""

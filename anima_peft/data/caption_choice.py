@@ -98,7 +98,7 @@ def is_random(picture: Captioned) -> bool:
 def captions_of_run(
     pictures: Sequence[Captioned],
     picture_of_sample: Sequence[int],
-    batches: Iterable[Sequence[tuple[int, int, int]]],
+    batches: Iterable[Sequence[tuple[int, int, int, *tuple[object, ...]]]],
     choose: CaptionChoice,
 ) -> Iterator[tuple[int, str]]:
     """Every caption that a run trains with, beside the number of its picture; one that never changes comes once.
@@ -106,7 +106,7 @@ def captions_of_run(
     Args:
         pictures: of the samples.
         picture_of_sample: for each sample the number of its picture.
-        batches: those of the whole run in their order, each of (epoch, index of the sample, number of the batch).
+        batches: those of the whole run in their order, each of (epoch, index of the sample, number of the batch, …).
         choose: as the run chooses.
     """
     varying = [is_random(picture) for picture in pictures]
@@ -114,7 +114,7 @@ def captions_of_run(
     if not any(varying):
         return
     for batch in batches:
-        for epoch, index, position in batch:
+        for epoch, index, position, *_ in batch:
             number = picture_of_sample[index]
             if varying[number]:
                 yield number, choose(pictures[number], epoch, index, position)

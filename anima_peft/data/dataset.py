@@ -31,7 +31,7 @@ from .variation import draw_variation
 # Source: huggingface/diffusers, AnimaTextConditioner, minimum output length.
 MIN_PROMPT_ROWS = 512
 LATENT_CHANNELS = 16
-_STACKED = ("latents", "noise", "input_noise", "sigma", "mask", "loss_weight")
+_STACKED = ("latents", "noise", "input_noise", "sigma", "mask", "loss_weight", "share")
 
 Group = tuple[int, tuple[int, int]]
 """(index of the dataset, bucket as (width, height)): samples of one group may share a batch."""
@@ -46,6 +46,8 @@ class SampleKey(NamedTuple):
     sample: int
     batch: int = 0
     """The number of its batch in the epoch: how far the run is, for captions that grow."""
+    share: float | None = None
+    """Where a batch is shared out to several processes, the weight of the sample's loss in this one's."""
 
 
 def plain_noise(generator: torch.Generator, shape: torch.Size) -> dict[str, torch.Tensor]:
@@ -87,6 +89,7 @@ class CachedDataset(Dataset[Sample]):
         the text tensors of its caption, as they were kept, or where they are not, the `caption` as a str.
         mask: (1, h, w) float32 in [0, 1], if any picture has one; ones for those without.
         loss_weight: () float32, if any picture is a regularisation picture and `prior_loss_weight` is not 1.
+        share: () float32, if its key has one.
 
     Args:
         pictures: from `scan`.
@@ -144,8 +147,8 @@ class CachedDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.picture_of_sample)
 
-    def __getitem__(self, item: tuple[int, ...]) -> Sample:
-        epoch, index, batch = SampleKey(*item)
+    def __getitem__(self, item: tuple[Any, ...]) -> Sample:
+        epoch, index, batch, share = SampleKey(*item)
         number = self.picture_of_sample[index]
         picture = self.pictures[number]
 
@@ -162,6 +165,8 @@ class CachedDataset(Dataset[Sample]):
         sample |= {"caption": caption} if self._captions is None else read_entry(self._captions[caption])
         if self._prior_loss_weight is not None:
             sample["loss_weight"] = torch.tensor(self._prior_loss_weight if picture.is_reg else 1.0)
+        if share is not None:
+            sample["share"] = torch.tensor(share, dtype=torch.float32)
         return sample
 
     def _picture(self, number: int, flip: bool, draw: random.Random) -> Sample:
@@ -204,7 +209,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         latents, noise, perhaps input_noise: (B, C, h, w) float32; sigma: (B,) float32; where samples have them,
-            mask: (B, 1, h, w) and loss_weight: (B,) float32.
+            mask: (B, 1, h, w), loss_weight and share: (B,) float32.
         Where latents have to be encoded yet, pixels: (P, 3, H, W) float32 and pixel_rows: (P,) int64, their rows in
             `latents`.
         The text: `captions` as a list of str where it has to be encoded yet, else what `stack_text` gives.
@@ -238,24 +243,51 @@ def stack_text(texts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.T
     return batch
 
 
+def text_rows(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many rows the texts of a batch have, L or M."""
+    return batch["prompt_embeds" if "prompt_embeds" in batch else "t5_input_ids"].shape[1]
+
+
+def lengthen_text(batch: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """The batch with zeros after its texts up to so many rows: as part of a batch that has a longer one."""
+    names = [name for name in ("prompt_embeds", "t5_input_ids", "t5_attention_mask") if name in batch]
+    lacking = {name: (len(batch[name]), rows - batch[name].shape[1], *batch[name].shape[2:]) for name in names}
+    return {**batch, **{name: torch.cat([batch[name], batch[name].new_zeros(lacking[name])], dim=1) for name in names}}
+
+
 class BucketBatchSampler(Sampler[list[SampleKey]]):
     """Batches of `SampleKey` for `CachedDataset`: each sample once an epoch, one group in a batch.
 
     The order depends on (seed, epoch) only: samples are shuffled within their group, then the batches. A group's last
     batch may be smaller than the others.
 
+    Several processes train on one batch together, which is so many times as large: iterating gives the part of one of
+    them. Its samples have shares in the loss so that the mean over the processes, which is what
+    DistributedDataParallel makes of gradients, is the mean over all samples of the batch, also where these do not go
+    round evenly.
+
     Args:
         groups: for each sample its group, `CachedDataset.groups`.
-        batch_sizes: for each index of a dataset its batch size, `CachedDataset.batch_sizes`.
+        batch_sizes: for each index of a dataset its batch size in one process, `CachedDataset.batch_sizes`.
         seed: of the run.
+        processes: how many there are; `process` is the number of this one.
     """
 
-    def __init__(self, groups: Sequence[Group], batch_sizes: Mapping[int, int], *, seed: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        batch_sizes: Mapping[int, int],
+        *,
+        seed: int,
+        processes: int = 1,
+        process: int = 0,
+    ) -> None:
         members: dict[Group, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
         # Sorted, so that the order of the groups is theirs and not that of the samples.
-        self._groups = [(batch_sizes[group[0]], members[group]) for group in sorted(members)]
+        self._groups = [(batch_sizes[group[0]] * processes, members[group]) for group in sorted(members)]
+        self._processes, self._process = processes, process
         self._seed = seed
         self._epoch = 0
 
@@ -268,10 +300,18 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         return sum(-(-len(members) // batch_size) for batch_size, members in self._groups)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        return iter(self.batches(self._epoch))
+        batches = self.batches(self._epoch)
+        return iter(batches) if self._processes == 1 else map(self._part, batches)
+
+    def _part(self, batch: list[SampleKey]) -> list[SampleKey]:
+        """What this process has to do of a batch."""
+        start, end = (len(batch) * process // self._processes for process in (self._process, self._process + 1))
+        if start == end:  # fewer samples than processes: all take part in a step, with one that counts for nothing
+            return [batch[0]._replace(share=0.0)]
+        return [key._replace(share=self._processes / len(batch)) for key in batch[start:end]]
 
     def batches(self, epoch: int) -> list[list[SampleKey]]:
-        """The batches of an epoch, from 0, in their order."""
+        """The whole batches of an epoch, from 0, in their order."""
         order = random.Random(mix(self._seed, epoch, "order"))
         batches = []
         for batch_size, members in self._groups:

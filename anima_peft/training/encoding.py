@@ -6,14 +6,23 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.training_utils import free_memory
 
 from ..adapters.naming import TEXT_CONDITIONER, TRANSFORMER
 from ..data.cache import FileIndex, cache_key
-from ..data.caching import CaptionEncoder, CaptionsPlan, LatentEncoder, LatentsPlan, plan_captions, plan_latents
+from ..data.caching import (
+    CaptionEncoder,
+    CaptionsPlan,
+    LatentEncoder,
+    LatentsPlan,
+    MasksPlan,
+    plan_captions,
+    plan_latents,
+    plan_masks,
+)
 from ..data.pictures import Picture
 from ..errors import TrainingError
 from ..models.encoders import load_text_encoder, load_vae
@@ -23,6 +32,7 @@ from ..models.sources import ModelSources, is_diffusers_folder
 from ..models.text import encode_qwen, find_cut_prompts, tokenize_t5
 from ..models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from ..transformer import AnimaTransformerModel
+from .processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +85,11 @@ def cache_latents(
     batch_size: int,
     tiling: bool,
     cache_dir: Path | None,
+    processes: Processes,
 ) -> LatentsPlan:
     """Encode the pictures that the cache lacks. The VAE is loaded only if there are any, and gone afterwards.
+
+    Each process encodes its part of them.
 
     Args:
         tiling: see `latent_encoder`; what is encoded so is kept beside what is not.
@@ -86,11 +99,13 @@ def cache_latents(
         TrainingError: there is not enough memory.
     """
     compute = encoder_dtype(dtype)
-    plan = plan_latents(pictures, model=f"{model_hash}/{compute}{'/tiled' if tiling else ''}", cache_dir=cache_dir)
-    if plan.missing:
+    with processes.together():
+        plan = plan_latents(pictures, model=f"{model_hash}/{compute}{'/tiled' if tiling else ''}", cache_dir=cache_dir)
+
+    def encode_part(part: LatentsPlan) -> None:
         encode = latent_encoder(vae, dtype, device, tiling=tiling)
         try:
-            plan.encode(encode, batch_size=batch_size)
+            part.encode(encode, batch_size=batch_size, progress=processes.is_local_main)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 "There is not enough memory to encode the pictures: lower vae_batch_size, set vae_tiling = true, "
@@ -99,7 +114,40 @@ def cache_latents(
             ) from error
         del encode
         free_memory()
+
+    _share_out(plan, encode_part, processes)
     return plan
+
+
+def cache_masks(pictures: Sequence[Picture], *, cache_dir: Path | None, processes: Processes) -> MasksPlan:
+    """Make the masks that the cache lacks; each process its part of them.
+
+    Raises:
+        InputError: a mask cannot be read, or the cache cannot be written.
+    """
+    with processes.together():
+        plan = plan_masks(pictures, cache_dir=cache_dir)
+    _share_out(plan, lambda part: part.encode(progress=processes.is_local_main), processes)
+    return plan
+
+
+_Plan = TypeVar("_Plan", LatentsPlan, MasksPlan, CaptionsPlan)
+
+
+def _share_out(plan: _Plan, encode: Callable[[_Plan], None], processes: Processes) -> None:
+    """Let each process make its part of what is missing.
+
+    Machines need not share a disk: what the others have made and is not to be seen here is made here, too.
+    """
+    shares = [(processes.index, processes.count), (processes.local_index, processes.local_count)]
+    for index, count in shares if processes.count > 1 else shares[:1]:
+        part = plan.share(index, count)
+        with processes.together():
+            if part.missing:
+                encode(part)
+        with processes.together():
+            if processes.count > 1:
+                plan.look_again()
 
 
 def latent_encoder(vae: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool = False) -> LatentEncoder:
@@ -160,8 +208,12 @@ class TextModels:
         return load_qwen_tokenizer(self.sources.tokenizer), load_t5_tokenizer(self.sources.t5_tokenizer)
 
 
-def cache_captions(captions: Mapping[str, Picture], models: TextModels, *, cache_dir: Path | None) -> CaptionsPlan:
+def cache_captions(
+    captions: Mapping[str, Picture], models: TextModels, *, cache_dir: Path | None, processes: Processes
+) -> CaptionsPlan:
     """Encode the captions that the cache lacks. Qwen3 is loaded only if there are any, and gone afterwards.
+
+    Each process encodes its part of them.
 
     Args:
         captions: each that is needed, with a picture that has it.
@@ -172,14 +224,19 @@ def cache_captions(captions: Mapping[str, Picture], models: TextModels, *, cache
     conditioner = "trained" if models.train_conditioner else "frozen"
     options = {"max_length": models.max_length, "dtype": str(models.dtype), "conditioner": conditioner}
     pairs = ((picture, caption) for caption, picture in captions.items())
-    plan = plan_captions(pairs, model=models.model_hash, options=options, cache_dir=cache_dir)
-    if plan.missing:
-        report_cut_captions(captions, models)
+    with processes.together():
+        plan = plan_captions(pairs, model=models.model_hash, options=options, cache_dir=cache_dir)
+        if plan.missing and processes.is_local_main:
+            report_cut_captions(captions, models)
+
+    def encode_part(part: CaptionsPlan) -> None:
         encode = models.encoder()
-        plan.encode(encode, batch_size=_CAPTION_BATCH)
+        part.encode(encode, batch_size=_CAPTION_BATCH, progress=processes.is_local_main)
         models.model.text_conditioner.to("cpu")
         del encode
         free_memory()
+
+    _share_out(plan, encode_part, processes)
     return plan
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,18 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from ..data.dataset import BucketBatchSampler
+from ..data.dataset import BucketBatchSampler, lengthen_text, text_rows
 from ..terminal import progress_bar
 from .averages import AdapterAverage
 from .flow import add_noise, velocity
 from .groups import reported_rates
 from .health import Health
 from .losses import FlowLoss
+from .processes import Processes
 from .state import Progress
 
 _AVERAGED = 50
-_NOT_TEXT = frozenset({"latents", "noise", "input_noise", "sigma", "mask", "loss_weight"})
+_NOT_TEXT = frozenset({"latents", "noise", "input_noise", "sigma", "mask", "loss_weight", "share"})
 _GIB = 2**30
 
 
@@ -39,6 +40,8 @@ class Parts:
         loss: of each sample.
         limit_norms: called after each step, for max-norm regularization; gives what to log of it.
         complete: encodes what is not kept of a batch.
+        processes: that train together.
+        long_texts: whether a caption can have more rows than the model pads all of them to.
     """
 
     model: torch.nn.Module
@@ -51,21 +54,25 @@ class Parts:
     loss: FlowLoss
     limit_norms: Callable[[], Mapping[str, float]]
     complete: Callable[[Mapping[str, Any]], dict[str, torch.Tensor]]
+    processes: Processes
+    long_texts: bool
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], loss: FlowLoss) -> torch.Tensor:
-    """Mean loss of one batch, float32.
+    """Mean loss of one batch, float32; of a part of a batch, what it brings to the mean over the processes.
 
     Args:
         batch: latents and noise (B, 16, h, w) float32, perhaps input_noise, which the model sees instead of noise,
-            sigma (B,) float32, perhaps mask (B, 1, h, w) and loss_weight (B,), and the text under the names that
-            `AnimaTransformerModel.forward` takes.
+            sigma (B,) float32, perhaps mask (B, 1, h, w), loss_weight (B,) and share (B,), and the text under the
+            names that `AnimaTransformerModel.forward` takes.
     """
     text = {key: value for key, value in batch.items() if key not in _NOT_TEXT}
     noisy = add_noise(batch["latents"], batch.get("input_noise", batch["noise"]), batch["sigma"])
     prediction = model(noisy, batch["sigma"], **text)
     losses = loss(prediction, velocity(batch["latents"], batch["noise"]), batch["sigma"], batch.get("mask"))
-    return (losses * batch["loss_weight"] if "loss_weight" in batch else losses).mean()
+    if "loss_weight" in batch:
+        losses = losses * batch["loss_weight"]
+    return (losses * batch["share"]).sum() if "share" in batch else losses.mean()
 
 
 def run_loop(
@@ -103,13 +110,16 @@ def run_loop(
             # Both: accelerate's loader counts epochs of its own and hands its count to the sampler.
             loader.set_epoch(progress.epoch)
             parts.sampler.set_epoch(progress.epoch)
-            for batch in loader:
+            for batch in _batches(parts, loader):
                 with accelerator.accumulate(parts.model):
-                    loss = batch_loss(parts.model, parts.complete(batch), parts.loss)
+                    with parts.processes.together():
+                        loss = batch_loss(parts.model, batch, parts.loss)
                     accelerator.backward(loss)
-                    meter.add(loss.detach(), batch["sigma"])
+                    meter.add(loss.detach(), batch)
                     if accelerator.sync_gradients:
-                        values = _take_step(accelerator, parts, progress, meter, health, max_grad_norm)
+                        meter.gather()
+                        with parts.processes.together():
+                            values = _take_step(accelerator, parts, progress, meter, health, max_grad_norm)
                     parts.optimizer.zero_grad(set_to_none=True)
                 progress.batch += 1
                 if accelerator.sync_gradients:
@@ -122,6 +132,16 @@ def run_loop(
                         break
             _end_epoch(parts, progress, mark, on_epoch)
             meter.go_on()
+
+
+def _batches(parts: Parts, loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's parts of the batches, complete, with texts as long as all parts together have them."""
+    for batch in parts.processes.each(map(parts.complete, loader)):
+        if parts.processes.count > 1 and parts.long_texts:
+            longest = max(parts.processes.gather(text_rows(batch)))
+            yield lengthen_text(batch, longest)
+        else:
+            yield batch
 
 
 def _take_step(
@@ -194,6 +214,7 @@ class _Meter:
         self._losses: list[float] = []
         self._recent = progress.recent_losses
         self._sigmas: list[torch.Tensor] = []
+        self._shares: list[torch.Tensor | None] = []
         self._process, self._resident = psutil.Process(), 0
         self._clock = time.perf_counter()
         self.bar = progress_bar(
@@ -214,10 +235,24 @@ class _Meter:
         """Of the samples of each of them, (B,)."""
         return self._sigmas
 
-    def add(self, loss: torch.Tensor, sigmas: torch.Tensor) -> None:
+    def add(self, loss: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> None:
         """Count one batch; nothing is read off the device."""
         self._on_device.append(loss)
-        self._sigmas.append(sigmas)
+        self._sigmas.append(batch["sigma"])
+        self._shares.append(batch.get("share"))
+
+    def gather(self) -> None:
+        """Make losses and noise levels those of all processes, which have done their parts of the batches."""
+        if self._parts.processes.count > 1:
+            own = [
+                sigma.tolist() if share is None else sigma[share > 0].tolist()
+                for sigma, share in zip(self._sigmas, self._shares, strict=True)
+            ]
+            parts = self._parts.processes.gather((torch.stack(self._on_device).tolist(), own))
+            losses, sigmas = (list(zip(*part, strict=True)) for part in zip(*parts, strict=True))
+            self._on_device = [torch.tensor(sum(batch) / len(batch), dtype=torch.float64) for batch in losses]
+            self._sigmas = [torch.tensor([sigma for part in batch for sigma in part]) for batch in sigmas]
+        self._shares = []
 
     def read(self, norm: torch.Tensor) -> float:
         """Wait for the losses of the batches since the last step and the gradient's norm; gives the norm."""

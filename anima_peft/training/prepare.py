@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -14,7 +15,7 @@ from ..adapters.layers import parts_of
 from ..adapters.max_norm import limit_norms
 from ..adapters.naming import ModuleTable
 from ..adapters.strengths import adapter_layers
-from ..data.dataset import BucketBatchSampler, collate
+from ..data.dataset import MIN_PROMPT_ROWS, BucketBatchSampler, collate
 from ..errors import InputError
 from ..models.precision import enable_fp32_residual
 from ..transformer import AnimaTransformerModel
@@ -28,6 +29,7 @@ from .groups import Rates, group_parameters
 from .loop import Parts
 from .losses import FlowLoss
 from .optimizers import build_optimizer, sets_own_rate
+from .processes import Processes
 from .requests import leave_signals_to_parent
 from .schedules import ADAFACTOR, as_steps, build_custom_scheduler, build_scheduler
 from .state import ADAPTER_NAME
@@ -65,6 +67,7 @@ def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerat
 
 def prepare_parts(
     accelerator: Accelerator,
+    processes: Processes,
     options: TrainOptions,
     model: AnimaTransformerModel,
     parameters: list[torch.nn.Parameter],
@@ -98,8 +101,17 @@ def prepare_parts(
         # Each start of a loader draws a number. Out of torch's own generator, a resumed run would be one draw ahead.
         generator=torch.Generator(),
     )
-    ready_model, ready_optimizer, ready_scheduler, ready_loader = accelerator.prepare(
-        model, optimizer, scheduler, loader, device_placement=[False, True, True, True]
+    ready_model, ready_optimizer, ready_scheduler = accelerator.prepare(
+        model, optimizer, scheduler, device_placement=[False, True, True]
+    )
+    # The sampler has shared the batches out.
+    ready_loader = prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        non_blocking=True,  # out of pinned memory, while the card computes
     )
     return Parts(
         ready_model,
@@ -112,6 +124,8 @@ def prepare_parts(
         flow_loss(options),
         partial(_limit_norms, model, options.network.scale_weight_norms),
         samples.complete,
+        processes,
+        options.model.anima_seq_len > MIN_PROMPT_ROWS,
     )
 
 

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from .outputs import Outputs
+from .processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,17 @@ class Requests:
     launcher that started this process, which hands no signal on, asks for it too. A file `<output_name>-save`,
     `<output_name>-preview` or `<output_name>-stop` (or with `.txt`) in the run's folder asks for what it is called, and
     is taken away when seen.
+
+    Of several processes, the main one looks for files; a signal to any of them counts for all.
     """
 
-    def __init__(self, outputs: Outputs):
+    def __init__(self, outputs: Outputs, processes: Processes):
+        self._processes = processes
         self._files = {
             outputs.folder / f"{outputs.name}-{action.value}{suffix}": action
             for action in Action
             for suffix in ("", ".txt")
+            if processes.is_main
         }
         self._launcher = os.getppid() if any(name in os.environ for name in _SET_BY_LAUNCHERS) else None
         self.signal: signal.Signals | None = None
@@ -97,11 +102,20 @@ class Requests:
                 signal.signal(number, handler)
 
     def take(self) -> Action | None:
-        """What is asked for now."""
+        """What is asked for now; all processes get the same answer."""
         if self._launcher is not None and os.getppid() != self._launcher and self.signal is None:
             self.signal = signal.SIGTERM
+        self.agree()
         if self.signal is not None:
             return Action.STOP
+        return self._processes.from_main(self._asked_by_file())
+
+    def agree(self) -> None:
+        """Let all processes know of a signal to one of them."""
+        seen = self._processes.gather(self.signal)
+        self.signal = next((number for number in seen if number is not None), None)
+
+    def _asked_by_file(self) -> Action | None:
         for path, action in self._files.items():
             if path.is_file():
                 with contextlib.suppress(OSError):  # held open by who made it: then at a later step

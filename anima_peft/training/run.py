@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +19,9 @@ from PIL import Image
 from ..adapters.layers import relative_delta
 from ..data.cache import MODEL_INDEX_NAME, FileIndex, cache_folder, remove_abandoned
 from ..data.dataset import BucketBatchSampler, SampleTable
-from ..data.pictures import scan
+from ..data.pictures import Picture, scan
 from ..data.summary import summary
 from ..errors import InputError
-from ..files import require_writable
 from ..generation import Request
 from ..models.encoders import check_encoders
 from ..models.quantization import require_quantization
@@ -37,27 +36,20 @@ from .engine import engine
 from .metadata import RunFacts, dataset_metadata, training_metadata
 from .network import add_network, hash_merged, load_base, require_weights
 from .optimizers import needs_card
-from .outputs import Outputs, is_final_state, require_free, resolve_folder
+from .outputs import Outputs, is_final_state, resolve_folder
 from .overview import held_out_note, overview, overview_text, run_facts
 from .prepare import prepare_model, prepare_parts
 from .previews import Previews
+from .processes import Processes
+from .random_states import start_random_states
 from .record import Record
 from .report import reporting
 from .requests import Requests
-from .samples import Samples, planned_steps, prepare_held_out, prepare_samples, steps_of_epoch
+from .resuming import begin, change_processes
+from .samples import Samples, planned_steps, prepare_held_out, prepare_samples, steps_ahead, steps_of_epoch
 from .saving import Saver
 from .settings import other_settings, state_settings
-from .state import (
-    ADAPTER_NAME,
-    Progress,
-    latest_state,
-    load_state,
-    read_progress,
-    register,
-    require_same_settings,
-    settle,
-    warn_of_changes,
-)
+from .state import ADAPTER_NAME, Progress, load_state, register, require_same_settings, warn_of_changes
 from .tracking import log_picture, make_trackers, place_of_logs, record_of, start_tracking
 from .validation import Validation
 from .watch import run_watched
@@ -106,49 +98,59 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
         Interrupted: a signal or a file asked for the end; adapter and state are saved.
     """
     options, now = config.train, datetime.now()
-    outputs = Outputs(resolve_folder(options.save.output_dir, now), options.save.output_name)
-    logs, record = place_of_logs(config, outputs.folder, now), Record(outputs.record)
-    requests = Requests(outputs)
-    with engine(options, make_trackers(config, logs, record)) as accelerator, reporting(record, outputs):
-        resume = _resume_from(options.save.resume, outputs)
-        progress = read_progress(resume) if resume else Progress()
-        continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
-        if not continued:  # what another folder's run has saved is not this one's to drop
-            progress.saved_steps, progress.saved_epochs = [], []
-        progress.started = progress.started or datetime.now(UTC).isoformat()
-        require_free(outputs, overwrite=options.save.overwrite, resume=continued)
-        require_writable("output_dir", outputs.folder)
-        requests.forget_earlier()
-        if options.log.log_with != "none":
-            require_writable("logging_dir", logs.root)
+    own = _outputs(options, now)  # those of the main process count
+    logs, record = place_of_logs(config, own.folder, now), Record(own.record)
+    with engine(options, make_trackers(config, logs, record)) as accelerator, reporting(record, own):
+        processes = Processes(accelerator)
+        outputs = _outputs(options, processes.from_main(now))
+        requests = Requests(outputs, processes)
+        resume, progress, continued = begin(options, outputs, logs.root, requests, processes)
         for warning in config.warnings:
             logger.warning(warning)
         dtype = DTYPES[options.loop.mixed_precision]
-        _require_device(options, accelerator.device, dtype)
-        require_weights(options)
-        with accelerator.local_main_process_first():  # one process of a machine fetches what is missing
-            sources = locate_sources(options)
-        check_encoders(sources.text_encoder, sources.vae)
+        with processes.together():
+            _require_device(options, accelerator.device, dtype)
+            require_weights(options)
         cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
-        found = scan(config.datasets, cache_dir=cache_dir)
+        with processes.local_main_first():  # one process of a machine fetches what is missing, and fills the index
+            sources = locate_sources(options)
+            check_encoders(sources.text_encoder, sources.vae)
+            found = scan(config.datasets, cache_dir=cache_dir)
         pictures = tuple(picture for picture in found if not picture.held_out)
         held_out = tuple(picture for picture in found if picture.held_out)
         settings, noted = state_settings(options, found), other_settings(options)
         if resume:
-            require_same_settings(progress, settings, resume)
+            require_same_settings(progress, settings, resume, processes=processes.count)
             warn_of_changes(progress, noted, resume)
+        table = SampleTable(pictures)
+        sampler = BucketBatchSampler(
+            table.groups,
+            table.batch_sizes,
+            seed=options.loop.seed,
+            processes=processes.count,
+            process=processes.index,
+        )
+        change_processes(
+            progress,
+            table,
+            seed=options.loop.seed,
+            processes=processes.count,
+            batches_per_step=options.loop.gradient_accumulation_steps,
+        )
         progress.settings, progress.noted = settings, noted
 
-        model = load_base(sources.transformer, options, dtype, accelerator.device)
-        set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
-        parameters = add_network(model, options)
-        index = FileIndex(cache_folder(pictures[0].path.parent, cache_dir), MODEL_INDEX_NAME)
-        merged = hash_merged(options, index)
-        hashes = hash_model(sources, index)
+        with processes.together():
+            model = load_base(sources.transformer, options, dtype, accelerator.device)
+            set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
+            parameters = add_network(model, options)
+        start_random_states(options.loop.seed, progress.step, processes.index)
+        with processes.local_main_first():
+            index = FileIndex(cache_folder(pictures[0].path.parent, cache_dir), MODEL_INDEX_NAME)
+            merged = hash_merged(options, index)
+            hashes = hash_model(sources, index)
         text_hash = "/".join(filter(None, (hashes.text, hashes.transformer, merged)))
-        table = SampleTable(pictures)
-        sampler = BucketBatchSampler(table.groups, table.batch_sizes, seed=options.loop.seed)
-        facts = _plan(options, sources, hashes, batches=len(sampler))
+        ahead = steps_ahead(options.loop, len(sampler), progress)
+        facts = _plan(options, sources, hashes, batches=len(sampler), ahead=ahead)
         # At the last step there may be files to write yet, if the run was killed there.
         if resume and (progress.step > facts.total_steps or _is_done(resume, progress, facts)):
             raise InputError(
@@ -165,52 +167,71 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             max_length=options.model.anima_seq_len,
             train_conditioner=options.trains_conditioner,
         )
-        for folder in {cache_folder(picture.path.parent, cache_dir) for picture in found}:
-            remove_abandoned(folder)
+        if processes.is_local_main:
+            for folder in {cache_folder(picture.path.parent, cache_dir) for picture in found}:
+                remove_abandoned(folder)
         samples = prepare_samples(
-            options, pictures, sampler, sources.vae, hashes.vae, text, total_steps=facts.total_steps
+            options,
+            pictures,
+            sampler,
+            sources.vae,
+            hashes.vae,
+            text,
+            processes=processes,
+            total_steps=facts.total_steps,
+            ahead=ahead,
         )
         validation = None
         if held_out:
             seed = config.datasets[held_out[0].dataset_index].validation_seed
-            measured = prepare_held_out(options, held_out, sources.vae, hashes.vae, text, seed=seed)
-            validation = _validation(accelerator, model, measured, options)
-        previews = _previews(config, accelerator, model, sources, outputs, dtype)
-        prepare_model(model, options, accelerator)
-        parts = prepare_parts(accelerator, options, model, parameters, samples, sampler, facts.total_steps)
+            measured = prepare_held_out(
+                options, held_out, sources.vae, hashes.vae, text, seed=seed, processes=processes
+            )
+            validation = _validation(accelerator, processes, model, measured, options)
+        with processes.together():
+            previews = _previews(config, accelerator, model, sources, outputs, dtype)
+            prepare_model(model, options, accelerator)
+        parts = prepare_parts(accelerator, processes, options, model, parameters, samples, sampler, facts.total_steps)
         register(accelerator, model, progress, parts.average)
         if resume:
-            load_state(accelerator, resume)
+            with processes.together():
+                load_state(accelerator, progress, resume, seed=options.loop.seed)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
         metadata = partial(training_metadata, options, dataset_metadata(pictures), facts, config.summary)
-        saver = _saver(accelerator, options, model, outputs, progress, parts.average, metadata, config.resolved)
+        saver = _saver(
+            accelerator, processes, options, model, outputs, progress, parts.average, metadata, config.resolved
+        )
         saver.drop_old()
         about = overview(options, facts, parts.parameters, model, accelerator.device, outputs)
-        if accelerator.is_main_process:
-            accumulation = options.loop.gradient_accumulation_steps
+        if processes.is_main:
             notes = [*samples.notes, *held_out_note(held_out)]
-            print(overview_text(about), summary(pictures, facts.total_steps, accumulation, notes), sep="\n\n")
+            print(overview_text(about), _summary(pictures, facts, options, notes, processes), sep="\n\n")
             record.begin(progress.step, run_facts(config, pictures, facts, about, notes), continued=continued)
-        log_folder = start_tracking(accelerator, logs, options.log.log_with)
+        with processes.together():
+            log_folder = start_tracking(accelerator, logs, options.log.log_with)
         run_watched(
             accelerator, options, parts, progress, facts, saver, requests, samples.dataset, previews, validation
         )
         with parts.average.in_place():
             learned = relative_delta(model.components, ADAPTER_NAME)
-        strip = previews.strip() if previews is not None else None
-        comparison = _compare(accelerator, options, model, sources, outputs, dtype, progress.step)
+        with processes.together():
+            strip = previews.strip() if previews is not None else None
+            comparison = _compare(accelerator, options, model, sources, outputs, dtype, progress.step)
     return Result(outputs.final, progress.step, learned, log_folder, comparison, strip, outputs.report)
 
 
-def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
-    """The state folder that `resume` names; what a crash has left of the run, and of that one, is put right before."""
-    settle(outputs)
-    if given == "latest":
-        return latest_state(outputs)
-    if given is None:
-        return None
-    settle(Outputs.of_state(Path(given)))
-    return Path(given)
+def _outputs(options: TrainOptions, now: datetime) -> Outputs:
+    return Outputs(resolve_folder(options.save.output_dir, now), options.save.output_name)
+
+
+def _summary(
+    pictures: tuple[Picture, ...], facts: RunFacts, options: TrainOptions, notes: Sequence[str], processes: Processes
+) -> str:
+    """What the run trains on, with the batches that all processes do together."""
+    if processes.count > 1:
+        pictures = tuple(replace(picture, batch_size=picture.batch_size * processes.count) for picture in pictures)
+        notes = [*notes, f"{processes.count} processes train together: a batch is {processes.count} x batch_size."]
+    return summary(pictures, facts.total_steps, options.loop.gradient_accumulation_steps, notes)
 
 
 def _is_done(state: Path, progress: Progress, facts: RunFacts) -> bool:
@@ -245,19 +266,20 @@ def _require_device(options: TrainOptions, device: torch.device, dtype: torch.dt
         raise InputError(f'optimizer_type: {name} needs a graphics card, and none is in use; "AdamW" runs everywhere.')
 
 
-def _plan(options: TrainOptions, sources: ModelSources, hashes: ModelHashes, *, batches: int) -> RunFacts:
+def _plan(options: TrainOptions, sources: ModelSources, hashes: ModelHashes, *, batches: int, ahead: int) -> RunFacts:
     loop = options.loop
-    total, steps_per_epoch = planned_steps(loop, batches), steps_of_epoch(loop, batches)
+    total, steps_per_epoch = planned_steps(loop, batches, ahead), steps_of_epoch(loop, batches)
     if loop.max_train_steps is not None and loop.max_train_epochs is not None:
-        by_epochs = loop.max_train_epochs * steps_per_epoch
+        by_epochs = loop.max_train_epochs * steps_per_epoch + ahead
         logger.warning(
             "max_train_steps = %d, max_train_epochs = %d steps: the shorter counts.", loop.max_train_steps, by_epochs
         )
-    return RunFacts(sources, hashes, batches, total, epochs=math.ceil(total / steps_per_epoch))
+    return RunFacts(sources, hashes, batches, total, epochs=math.ceil((total - ahead) / steps_per_epoch))
 
 
 def _saver(
     accelerator: Accelerator,
+    processes: Processes,
     options: TrainOptions,
     model: AnimaTransformerModel,
     outputs: Outputs,
@@ -269,6 +291,7 @@ def _saver(
     save = options.save
     return Saver(
         accelerator,
+        processes,
         model,
         outputs,
         progress,
@@ -297,11 +320,16 @@ def _requests(lines: Sequence[PromptLine], seed: int) -> list[Request]:
 
 
 def _validation(
-    accelerator: Accelerator, model: AnimaTransformerModel, samples: Samples, options: TrainOptions
+    accelerator: Accelerator,
+    processes: Processes,
+    model: AnimaTransformerModel,
+    samples: Samples,
+    options: TrainOptions,
 ) -> Validation:
     log = options.log
     return Validation(
         accelerator,
+        processes,
         model,
         samples.dataset,
         every_steps=log.validate_every_n_steps,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.caching import plan_masks
 from ..data.caption_choice import CaptionChoice, captions_of_run
 from ..data.dataset import BucketBatchSampler, CachedDataset, SampleKey, SampleTable
 from ..data.pictures import Picture
 from ..terminal import progress_bar
-from .encoding import TextModels, cache_captions, cache_latents, latent_encoder, report_cut_captions
+from .encoding import TextModels, cache_captions, cache_latents, cache_masks, latent_encoder, report_cut_captions
 from .live import LiveEncoders
 from .prepare import noise_sampler, sigma_sampler
+from .processes import Processes
+from .state import Progress
 from .text_plan import TextPlan, plan_text
 
 if TYPE_CHECKING:
@@ -42,18 +43,37 @@ def steps_of_epoch(loop: LoopOptions, batches: int) -> int:
     return math.ceil(batches / loop.gradient_accumulation_steps)
 
 
-def planned_steps(loop: LoopOptions, batches: int) -> int:
-    """How long a run with so many batches in an epoch is: of `max_train_steps` and `max_train_epochs` the shorter."""
+def planned_steps(loop: LoopOptions, batches: int, ahead: int = 0) -> int:
+    """How long a run with so many batches in an epoch is: of `max_train_steps` and `max_train_epochs` the shorter.
+
+    Args:
+        ahead: steps that the run has done beyond those that its epochs would have had; see `steps_ahead`.
+    """
     limits = [loop.max_train_steps]
     if loop.max_train_epochs is not None:
-        limits.append(loop.max_train_epochs * steps_of_epoch(loop, batches))
+        limits.append(loop.max_train_epochs * steps_of_epoch(loop, batches) + ahead)
     return min(limit for limit in limits if limit is not None)
 
 
-def batches_of_run(sampler: BucketBatchSampler, batches_per_step: int, total_steps: int) -> Iterator[list[SampleKey]]:
-    """Every batch of the epochs that a run enters: data loaders read on beyond its last step."""
+def steps_ahead(loop: LoopOptions, batches: int, progress: Progress) -> int:
+    """How many more steps a run has done than it would have with so many batches in each epoch.
+
+    Zero, unless it began with another number of processes.
+    """
+    steps = progress.epoch * steps_of_epoch(loop, batches) + steps_of_epoch(loop, progress.batch)
+    return progress.step - steps
+
+
+def batches_of_run(
+    sampler: BucketBatchSampler, batches_per_step: int, total_steps: int, ahead: int = 0
+) -> Iterator[list[SampleKey]]:
+    """Every batch of the epochs that a run enters: data loaders read on beyond its last step.
+
+    Args:
+        ahead: steps done beyond those of the epochs that were; see `steps_ahead`.
+    """
     steps_per_epoch = -(-len(sampler) // batches_per_step)
-    epochs = range(-(-total_steps // steps_per_epoch))
+    epochs = range(-(-(total_steps - ahead) // steps_per_epoch))
     # A bar only where it takes long: a million samples take about 15 seconds.
     for epoch in progress_bar(epochs, desc="choosing captions", unit="epoch", delay=2, leave=False):
         yield from sampler.batches(epoch)
@@ -67,7 +87,9 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
     vae_hash: str,
     text: TextModels,
     *,
+    processes: Processes,
     total_steps: int,
+    ahead: int = 0,
 ) -> Samples:
     """Encode what is kept, and load what encodes the rest.
 
@@ -78,7 +100,8 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
         sampler: over their `SampleTable`.
         vae: the VAE's file or folder; `vae_hash` identifies it.
         text: what captions are encoded with.
-        total_steps: of the run.
+        processes: which share the work.
+        total_steps: of the run; `ahead` of them done beyond those of the epochs that were, see `steps_ahead`.
 
     Raises:
         InputError: a model cannot be loaded, a picture or mask cannot be read, the cache cannot be written.
@@ -95,17 +118,20 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
         batch_size=loop.vae_batch_size,
         tiling=options.memory.vae_tiling,
         cache_dir=cache_dir,
+        processes=processes,
     )
-    masks = plan_masks(pictures, cache_dir=cache_dir)
-    masks.encode()
-    plan = _plan_text(options, pictures, sampler, choose, text)
+    masks = cache_masks(pictures, cache_dir=cache_dir, processes=processes)
+    plan = _plan_text(
+        options, pictures, batches_of_run(sampler, choose.batches_per_step, total_steps, ahead), choose, text
+    )
     captions, encode_text = None, None
     if plan.captions is not None:
         needed = {caption: pictures[number] for caption, number in plan.captions.items()}
-        captions = cache_captions(needed, text, cache_dir=cache_dir).of_caption
+        captions = cache_captions(needed, text, cache_dir=cache_dir, processes=processes).of_caption
     else:
-        report_cut_captions({picture.caption: picture for picture in pictures}, text)
-        encode_text = text.encoder()
+        with processes.together():
+            report_cut_captions({picture.caption: picture for picture in pictures}, text)
+            encode_text = text.encoder()
     files = latents.files if loop.cache_latents else (None,) * len(pictures)
     dataset = CachedDataset(
         pictures,
@@ -119,7 +145,10 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
         prior_loss_weight=options.picture_loss.prior_loss_weight,
     )
     live = sum(file is None for file in files)
-    encode_latents = latent_encoder(vae, text.dtype, text.device, tiling=options.memory.vae_tiling) if live else None
+    with processes.together():
+        encode_latents = (
+            latent_encoder(vae, text.dtype, text.device, tiling=options.memory.vae_tiling) if live else None
+        )
     notes = (_latents_note(live, len(pictures), loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
     return Samples(dataset, LiveEncoders(encode_latents, encode_text), notes)
 
@@ -132,6 +161,7 @@ def prepare_held_out(
     text: TextModels,
     *,
     seed: int,
+    processes: Processes,
 ) -> Samples:
     """Encode the pictures of the validation split, which are kept whatever the training's are.
 
@@ -144,17 +174,17 @@ def prepare_held_out(
     """
     loop = replace(options.loop, seed=seed, cache_latents=True, cache_text_encoder_outputs=True)
     sampler = BucketBatchSampler(SampleTable(pictures).groups, SampleTable(pictures).batch_sizes, seed=seed)
-    return prepare_samples(replace(options, loop=loop), pictures, sampler, vae, vae_hash, text, total_steps=1)
+    own = replace(options, loop=loop)
+    return prepare_samples(own, pictures, sampler, vae, vae_hash, text, processes=processes, total_steps=1)
 
 
 def _plan_text(
     options: TrainOptions,
     pictures: tuple[Picture, ...],
-    sampler: BucketBatchSampler,
+    run: Iterable[list[SampleKey]],
     choose: CaptionChoice,
     text: TextModels,
 ) -> TextPlan:
-    run = batches_of_run(sampler, choose.batches_per_step, choose.total_steps)
     return plan_text(
         pictures,
         captions_of_run(pictures, SampleTable(pictures).picture_of_sample, run, choose),

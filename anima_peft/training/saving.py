@@ -13,6 +13,7 @@ from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
 from .metadata import MetadataWriter
 from .outputs import Outputs, files_to_drop, remove, remove_state, state_folder
+from .processes import Processes
 from .state import ADAPTER_NAME, Progress, save_state
 
 
@@ -36,6 +37,7 @@ class Saver:
     def __init__(
         self,
         accelerator: Accelerator,
+        processes: Processes,
         model: AnimaTransformerModel,
         outputs: Outputs,
         progress: Progress,
@@ -54,7 +56,8 @@ class Saver:
         with_state: bool,
         state_at_end: bool,
     ):
-        self._accelerator, self._model, self._outputs, self._progress = accelerator, model, outputs, progress
+        self._accelerator, self._processes, self._model = accelerator, processes, model
+        self._outputs, self._progress = outputs, progress
         self._average, self._metadata, self._format, self._dtype = average, metadata, format, dtype
         self._resolved: str | None = resolved
         self._written: tuple[Path, bool] | None = None
@@ -110,21 +113,23 @@ class Saver:
     def _drop(self, saved: list[tuple[int, str]], number: int, keep: int | None, unit: str) -> None:
         dropped = files_to_drop(saved, number, keep)
         saved[:] = [entry for entry in saved if entry not in dropped]
-        if self._accelerator.is_main_process:
-            for _, name in dropped:
-                remove(self._outputs.folder / name)
-            for _, name in files_to_drop(saved, number, self._keep_states[unit]):
-                remove_state(self._outputs.folder / name)
+        with self._processes.together():
+            if self._processes.is_main:
+                for _, name in dropped:
+                    remove(self._outputs.folder / name)
+                for _, name in files_to_drop(saved, number, self._keep_states[unit]):
+                    remove_state(self._outputs.folder / name)
 
     def _write(self, path: Path, *, state: bool) -> None:
-        if self._accelerator.is_main_process:
-            self._write_config()
-            with self._average.in_place():
-                self._model.save_lora_adapter(
-                    path, ADAPTER_NAME, self._format, metadata=self._metadata(self._progress), dtype=self._dtype
-                )
+        with self._processes.together():
+            if self._processes.is_main:
+                self._write_config()
+                with self._average.in_place():
+                    self._model.save_lora_adapter(
+                        path, ADAPTER_NAME, self._format, metadata=self._metadata(self._progress), dtype=self._dtype
+                    )
         if state:
-            save_state(self._accelerator, state_folder(path))
+            save_state(self._accelerator, self._processes, state_folder(path))
         self._written = (path, state)
 
     def _write_config(self) -> None:

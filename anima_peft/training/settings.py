@@ -13,6 +13,7 @@ from ..data.buckets import Placement
 from ..data.masks import MaskSource
 from ..data.pictures import Picture
 from ..data.specs import CaptionSpec
+from .state import BATCH_SIZES
 
 if TYPE_CHECKING:
     from ..config import TrainOptions
@@ -37,7 +38,7 @@ def state_settings(options: TrainOptions, pictures: Sequence[Picture]) -> dict[s
         "gradient_accumulation_steps": loop.gradient_accumulation_steps,
         "seed": loop.seed,
         "number of pictures": len(pictures),
-        "batch sizes": sorted({picture.batch_size for picture in pictures}),
+        BATCH_SIZES: sorted({picture.batch_size for picture in pictures}),
         "buckets": sorted({f"{picture.placement.bucket[0]}x{picture.placement.bucket[1]}" for picture in pictures}),
         "content of the pictures, captions and subsets (sha256)": _fingerprint(pictures),
     }
@@ -51,13 +52,17 @@ def other_settings(options: TrainOptions) -> dict[str, Any]:
 
 
 def _fingerprint(pictures: Sequence[Picture]) -> str:
-    """Of all that is known of each picture but places: folders may move. The sha256 of a JSON list, made in parts."""
+    """Of all that is known of each picture but places, as folders may move, and batch sizes, compared by themselves.
+
+    The sha256 of a JSON list, made in parts.
+    """
     encoder = json.JSONEncoder(sort_keys=True, default=str)
     digest = hashlib.sha256(b"[")
     for number, picture in enumerate(pictures):
         known = {name: getattr(picture, name) for name in _NAMES}
         known |= {
             "path": None,
+            "batch_size": None,
             "placement": _as_dict(picture.placement),
             "captions": _as_dict(picture.captions),
             "mask": _without_place(picture.mask),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import RNG_STATE_NAME
 from accelerate.utils import load as load_file_of_accelerate
 from safetensors import SafetensorError
 
@@ -29,12 +28,16 @@ from ..limited import read_json
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
 from .outputs import STATE_SUFFIX, Outputs
+from .processes import Processes
+from .random_states import own_random_states, random_states_file, start_random_states
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter.safetensors"
 PROGRESS_FILE = "progress.json"
 ADAPTER_NAME = "default"
+BATCH_SIZES = "batch sizes"
+"""The setting that is known by this name."""
 _NEW, _OLD = "-new", "-old"
 
 
@@ -52,6 +55,7 @@ class Progress:
         noted: the other options of the run, by name; they may change.
         skipped_steps: those whose numbers were not finite, so that the optimizer left them out.
         started: when the run began, before any resuming, ISO 8601 in UTC.
+        processes: how many trained; a batch is that many times `batch_size`.
         whole: whether the weights are those after `step`; not so inside of the next one. Not part of a state.
     """
 
@@ -67,6 +71,7 @@ class Progress:
     noted: dict[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
     started: str = ""
+    processes: int = 1
 
 
 def register(
@@ -130,16 +135,22 @@ def read_progress(folder: Path) -> Progress:
         raise InputError(f"resume: {file} cannot be read ({error}); use an earlier state.") from error
 
 
-def load_state(accelerator: Accelerator, folder: Path) -> None:
+def load_state(accelerator: Accelerator, progress: Progress, folder: Path, *, seed: int) -> None:
     """Bring a state back into what `register` and accelerate know of.
+
+    A process that the state knows nothing of gets random generators of its own, from `seed` and the step.
 
     Raises:
         InputError: a file of the state is missing, damaged, or of another network.
     """
+    random_states = random_states_file(folder, accelerator.process_index)
+    is_known = random_states.exists() or accelerator.is_main_process
     try:
-        # accelerate goes on without a word where it cannot restore these.
-        load_file_of_accelerate(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
+        if is_known:  # accelerate goes on without a word where it cannot restore these
+            load_file_of_accelerate(random_states)
         accelerator.load_state(str(folder))
+        if not is_known:
+            start_random_states(seed, progress.step, accelerator.process_index)
         accelerator.step = 0  # batches since an optimizer step; those of a step that failed are not in the state
     except InputError:
         raise
@@ -159,8 +170,10 @@ def warn_of_changes(progress: Progress, noted: Mapping[str, Any], folder: Path) 
         logger.warning("Resumed from %s with other options: %s.", folder, "; ".join(changes))
 
 
-def require_same_settings(progress: Progress, settings: Mapping[str, Any], folder: Path) -> None:
+def require_same_settings(progress: Progress, settings: Mapping[str, Any], folder: Path, *, processes: int = 1) -> None:
     """Refuse to go on with other settings than the state was made with: accelerate restores those of the state.
+
+    With another number of processes, the batch sizes of all of them together may stay instead of those of each.
 
     Raises:
         InputError: some differ; all are listed.
@@ -170,6 +183,7 @@ def require_same_settings(progress: Progress, settings: Mapping[str, Any], folde
         f"{name} is {now[name]!r}, and was {value!r}"
         for name, value in progress.settings.items()
         if name in now and now[name] != value
+        if name != BATCH_SIZES or [size * processes for size in now[name]] != [n * progress.processes for n in value]
     ]
     if faults:
         raise InputError.from_faults(
@@ -178,35 +192,40 @@ def require_same_settings(progress: Progress, settings: Mapping[str, Any], folde
         )
 
 
-def save_state(accelerator: Accelerator, folder: Path) -> None:
+def save_state(accelerator: Accelerator, processes: Processes, folder: Path) -> None:
     """Write the state beside its place, then put it there; an earlier state of that name goes only then.
+
+    Only the main process writes, with the others' random generators.
 
     Raises:
         OSError: it cannot be written; what was there before is left.
     """
+    random_states = processes.gather(b"" if processes.is_main else own_random_states(accelerator))
+    with processes.together():
+        if processes.is_main:
+            _write_state(accelerator, folder, random_states)
+
+
+def _write_state(accelerator: Accelerator, folder: Path, random_states: list[bytes]) -> None:
     fresh, old = folder.with_name(f".{folder.name}{_NEW}"), folder.with_name(f".{folder.name}{_OLD}")
-    if accelerator.is_main_process:
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         accelerator.save_state(str(fresh))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            flush_tree(fresh)
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
-            flush_folder(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+        for process, content in enumerate(random_states[1:], start=1):
+            random_states_file(fresh, process).write_bytes(content)
+        flush_tree(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        flush_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (RuntimeError, SafetensorError) as error:  # so torch reports a disk that is full
         raise OSError(f"{folder}: the state cannot be written ({error})") from error
     finally:
-        if accelerator.is_main_process:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            shutil.rmtree(fresh, ignore_errors=True)
-    accelerator.wait_for_everyone()
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def settle(outputs: Outputs) -> None:

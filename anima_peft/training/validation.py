@@ -14,6 +14,7 @@ from .averages import AdapterAverage
 from .compiling import uncompiled
 from .loop import batch_loss
 from .losses import FlowLoss
+from .processes import Processes
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels that are measured at: evenly over the course from picture to noise."""
@@ -36,6 +37,7 @@ class Validation:
     def __init__(
         self,
         accelerator: Accelerator,
+        processes: Processes,
         model: AnimaTransformerModel,
         dataset: CachedDataset,
         *,
@@ -43,7 +45,7 @@ class Validation:
         every_epochs: int | None,
         limit: int | None,
     ):
-        self._accelerator, self._model, self._dataset = accelerator, model, dataset
+        self._accelerator, self._processes, self._model, self._dataset = accelerator, processes, model, dataset
         self._every_steps, self._every_epochs = every_steps, every_epochs
         self._count = len(dataset) if limit is None else min(limit, len(dataset))
         self._measured: int | None = None
@@ -68,13 +70,22 @@ class Validation:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad(), average.in_place(), uncompiled():
             self._model.eval()
-            losses = torch.stack([torch.stack(list(self._losses(index))) for index in range(self._count)])
+            losses = torch.stack(self._of_all_pictures())
         self._model.train(was_training)
         means = losses.mean(0).tolist()
         values = {f"validation/sigma_{sigma:.1f}": mean for sigma, mean in zip(SIGMAS, means, strict=True)}
         values["validation/loss"] = float(losses.mean())
         self._accelerator.log(values, step=step)
         return values
+
+    def _of_all_pictures(self) -> list[torch.Tensor]:
+        """Each picture's losses, on the CPU; every process measures its part of the pictures."""
+        count = self._processes.count
+        with self._processes.together():
+            numbers = range(self._processes.index, self._count, count)
+            own = [torch.stack(list(self._losses(number))).cpu() for number in numbers]
+        parts = self._processes.gather(own)
+        return [parts[number % count][number // count] for number in range(self._count)]
 
     def _losses(self, index: int) -> Iterator[torch.Tensor]:
         """One picture's loss at each noise level."""

@@ -15,6 +15,7 @@ from .health import Health
 from .loop import Parts, run_loop
 from .metadata import RunFacts
 from .previews import Previews
+from .processes import is_lost
 from .requests import Action, Requests
 from .saving import Saver
 from .state import Progress
@@ -45,7 +46,7 @@ def run_watched(  # long by its arguments and by what can come in between
         saver: writes what the options, a request or a failure ask for.
         requests: looked at after every step.
         dataset: names the pictures of a batch.
-        previews: draws `sample_prompts`; None if there are none.
+        previews: draws `sample_prompts`; None if there are none, and in all processes but the main one.
         validation: measures the loss of the pictures that are held out; None if there are none.
 
     Raises:
@@ -55,18 +56,22 @@ def run_watched(  # long by its arguments and by what can come in between
         InputError: the same, where a file of the cache is gone.
     """
 
+    processes = parts.processes
+
     def after_step() -> None:
         saver.after_step()
         if validation is not None:
             validation.after_step(progress.step, parts.average)
-        if previews is not None:
-            previews.after_step(progress.step, parts.average)
+        with processes.together():
+            if previews is not None:
+                previews.after_step(progress.step, parts.average)
         request = requests.take()
         if request is Action.PREVIEW:
-            if previews is None:
-                logger.warning("Previews were asked for, and sample_prompts names none.")
-            else:
-                previews.draw(progress.step, parts.average)
+            with processes.together():
+                if previews is not None:
+                    previews.draw(progress.step, parts.average)
+                elif processes.is_main:
+                    logger.warning("Previews were asked for, and sample_prompts names none.")
         if request in (None, Action.PREVIEW) or (request is Action.STOP and progress.step >= facts.total_steps):
             return
         state = saver.now()
@@ -81,13 +86,15 @@ def run_watched(  # long by its arguments and by what can come in between
         saver.after_epoch()
         if validation is not None:
             validation.after_epoch(progress.epoch, progress.step, parts.average)
-        if previews is not None:
-            previews.after_epoch(progress.epoch, progress.step, parts.average)
+        with processes.together():
+            if previews is not None:
+                previews.after_epoch(progress.epoch, progress.step, parts.average)
 
     try:
         with requests.listening():
-            if previews is not None:
-                previews.before(progress.step, parts.average)
+            with processes.together():
+                if previews is not None:
+                    previews.before(progress.step, parts.average)
             run_loop(
                 accelerator,
                 parts,
@@ -99,13 +106,24 @@ def run_watched(  # long by its arguments and by what can come in between
                 on_epoch=after_epoch,
             )
             saver.at_end()
+            requests.agree()
     except (InputError, OSError, RuntimeError) as error:
         parts.optimizer.zero_grad(set_to_none=True)  # room for what saving needs
-        rescued = _rescue(parts, progress, saver)
+        is_own = error is not processes.failure and processes.count > 1
+        if is_own:
+            processes.part()
+        if is_own and not processes.is_main:
+            rescued = "The main process saves what it has."
+        else:
+            rescued = _rescue(parts, progress, saver)
         if isinstance(error, torch.OutOfMemoryError):
             told = _memory_advice(options, progress, accelerator.device, error)
         else:
             told = str(error)
+        if is_own and is_lost(error):
+            raise TrainingError(f"Another process of this run has ended or cannot be reached.\n{rescued}") from error
+        if is_own and not processes.is_local_main:  # whose message nobody else has
+            logger.error("process %d of %d: %s", processes.index + 1, processes.count, told)
         raise _ending(error, f"{told}\n{rescued}", requests) from error
     if requests.signal is not None:
         raise Interrupted(f"Stopped after the last step, {progress.step}; the adapter is complete.", requests.signal)
@@ -123,7 +141,7 @@ def _ending(error: InputError | OSError | RuntimeError, text: str, requests: Req
 
 
 def _rescue(parts: Parts, progress: Progress, saver: Saver) -> str:
-    """Save what a failed run has; says what became of it."""
+    """Save what a failed run has; says what became of it. Of several processes, the main one saves."""
     if not progress.step:
         return "No step was done, and nothing is saved."
     try:

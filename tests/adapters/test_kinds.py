@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.adapters.adapting import (
     output,
     tiny_model,
 )
+from tests.several import in_processes
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,35 @@ def test_several_processes_find_every_parameter_used(kind: str) -> None:
         assert all(p.grad is not None for p in adapter_parameters(model.components, "default"))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def gradients_of_two_processes() -> None:
+    """In one of two processes: half of a batch each gives the gradients of the whole one."""
+    torch.distributed.init_process_group("gloo")
+    for kind in KINDS:
+        model = adapted(kind)
+        shake(model)
+        whole = call()
+        model(**whole).square().mean().backward()
+        expected = [parameter.grad for parameter in adapter_parameters(model.components, "default")]
+        model.zero_grad()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        half = len(whole["sigma"]) // 2
+        mine = slice(half, None) if torch.distributed.get_rank() else slice(half)
+        for _ in range(2):  # it refuses the second step if a parameter had no gradient in the first
+            model.zero_grad()
+            parallel(**{name: tensor[mine] for name, tensor in whole.items()}).square().mean().backward()
+        for parameter, gradient in zip(adapter_parameters(model.components, "default"), expected, strict=True):
+            assert parameter.grad is not None
+            assert gradient is not None
+            assert_close(parameter.grad, gradient, 1e-5)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has imported torch")
+def test_two_processes_have_the_gradients_of_one() -> None:
+    in_processes(2, gradients_of_two_processes)
 
 
 @everything

@@ -151,6 +151,28 @@ def test_every_sample_once_an_epoch_and_one_group_in_a_batch(seed: int) -> None:
     assert list(fresh) == list(sampler)
 
 
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_share_a_batch_and_each_sample_counts_the_same(processes: int) -> None:
+    groups = [(0, (64, 64))] * 17 + [(1, (64, 64))] * 3 + [(1, (32, 64))]
+    batch_sizes = {0: 2, 1: 3}
+    whole = BucketBatchSampler(groups, {index: size * processes for index, size in batch_sizes.items()}, seed=5)
+    parts = [
+        BucketBatchSampler(groups, batch_sizes, seed=5, processes=processes, process=process)
+        for process in range(processes)
+    ]
+    for sampler in parts:
+        assert len(sampler) == len(whole)
+        assert sampler.batches(2) == whole.batches(2)
+        sampler.set_epoch(2)
+    for batch, own in zip(whole.batches(2), zip(*parts, strict=True), strict=True):
+        assert all(own), "every process takes part in every step"
+        counting = [key for part in own for key in part if key.share]
+        assert [key._replace(share=None) for key in counting] == batch
+        # DistributedDataParallel takes the mean over the processes.
+        assert [key.share / processes for key in counting] == pytest.approx([1 / len(batch)] * len(batch))
+        assert max(map(len, own)) <= batch_sizes[groups[batch[0].sample][0]]
+
+
 def test_order_differs_by_epoch_and_seed() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         sampler = BucketBatchSampler([(0, (64, 64))] * 40, {0: 2}, seed=seed)

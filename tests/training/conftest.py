@@ -35,6 +35,16 @@ def pictures(miniature: MiniatureFiles, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
+def uneven(pictures: Path, tmp_path: Path) -> Path:
+    """Pictures in buckets of 4, 3 and 1, without a cache: batches of 4 go round among 2 processes as 2, 1 or none."""
+    folder = tmp_path / "图 片"
+    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns(".anima_cache"))
+    for stem in ("06", "05", "08", "11"):
+        (folder / f"{stem}.png").unlink()
+    return folder
+
+
+@pytest.fixture
 def configure(miniature: MiniatureFiles, pictures: Path, tmp_path: Path) -> Configure:
     """Build a configuration: `configure("--max_train_steps", "3", image_dir=folder, subset="flip_aug = true")`."""
 

@@ -1,0 +1,96 @@
+"""How a run begins: anew, or where a state stands, perhaps with another number of processes."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.dataset import BucketBatchSampler, SampleTable
+from ..files import require_writable
+from .outputs import Outputs, require_free
+from .processes import Processes
+from .requests import Requests
+from .state import BATCH_SIZES, Progress, latest_state, read_progress, settle
+
+if TYPE_CHECKING:
+    from ..config import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+
+def begin(
+    options: TrainOptions, outputs: Outputs, log_root: Path, requests: Requests, processes: Processes
+) -> tuple[Path | None, Progress, bool]:
+    """The state that the run goes on from, if it does, where it stands, and whether the state is of this folder.
+
+    Raises:
+        InputError: there is no such state, or it cannot be read; the run's files cannot be written, or are there.
+    """
+    with processes.together():
+        found = _resume_from(options.save.resume, outputs) if processes.is_main else None
+    resume = processes.from_main(found)
+    with processes.together():
+        progress = read_progress(resume) if resume else Progress()
+        continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
+        if not continued:  # what another folder's run has saved is not this one's to drop
+            progress.saved_steps, progress.saved_epochs = [], []
+        progress.started = progress.started or datetime.now(UTC).isoformat()
+        if processes.is_main:
+            require_free(outputs, overwrite=options.save.overwrite, resume=continued)
+            require_writable("output_dir", outputs.folder)
+            requests.forget_earlier()
+            if options.log.log_with != "none":
+                require_writable("logging_dir", log_root)
+    return resume, progress, continued
+
+
+def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
+    """The state folder that `resume` names; what a crash has left of the run, and of that one, is put right before."""
+    settle(outputs)
+    if given == "latest":
+        return latest_state(outputs)
+    if given is None:
+        return None
+    settle(Outputs.of_state(Path(given)))
+    return Path(given)
+
+
+def change_processes(
+    progress: Progress, table: SampleTable, *, seed: int, processes: int, batches_per_step: int
+) -> None:
+    """Bring a state's place to what an epoch is with so many processes.
+
+    Where batches have another size now, the epoch goes on after about as many samples; a warning says so.
+
+    Args:
+        progress: changed in place. It still has the state's settings, which `require_same_settings` has looked at.
+        table: of the run's samples.
+        processes: that train now.
+        batches_per_step: gradient accumulation.
+    """
+    before, progress.processes = progress.processes, processes
+    sizes = sorted(set(table.batch_sizes.values()))
+    if not progress.settings or [size * processes for size in sizes] == [
+        size * before for size in progress.settings[BATCH_SIZES]
+    ]:
+        return
+    old, new = (
+        BucketBatchSampler(table.groups, table.batch_sizes, seed=seed, processes=count) for count in (before, processes)
+    )
+    done = sum(map(len, old.batches(progress.epoch)[: progress.batch]))
+    whole = sum(samples <= done for samples in accumulate(map(len, new.batches(progress.epoch))))
+    progress.batch = whole if whole == len(new) else whole - whole % batches_per_step
+    logger.warning(
+        "The state was made with %d process(es), and there are %d now: batches are of another size, and an epoch has "
+        "%d of them instead of %d. The epoch goes on after %d; some of its pictures may come twice in it, others not "
+        "at all. Schedules go on at step %d. With the same batch_size x processes, all of this would stay as it was.",
+        before,
+        processes,
+        len(new),
+        len(old),
+        progress.batch,
+        progress.step,
+    )
