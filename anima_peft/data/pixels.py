@@ -22,7 +22,9 @@ from .buckets import Placement
 # What PIL is known to raise over damaged or hostile files.
 DECODE_ERRORS = (
     OSError,
+    IndexError,
     SyntaxError,
+    TypeError,
     ValueError,
     EOFError,
     RuntimeError,  # of the AVIF decoder

@@ -51,6 +51,7 @@ PICTURES: dict[str, tuple[Make, str]] = {
     "cut.webp": (content(picture("WEBP")[:-20]), ""),
     "cut.bmp": (content(picture("BMP")[:-500]), "image file is truncated"),
     "damaged avif.png": (damaged_avif, ""),
+    "cut gif.png": (content(picture("GIF")[:-1] + b"!"), "index out of range"),
     "header only.png": (content(PNG[:33]), ""),
     "magic only.png": (content(b"\x89PNG\r\n\x1a\n"), UNKNOWN),
     "bomb.png": (content(png((60_000, 60_000))), "Image size (3600000000 pixels) exceeds limit of 178956970"),
