@@ -65,9 +65,13 @@ def test_both_languages_show_the_same_configurations() -> None:
 
 
 @pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=[f"{page}-{n}" for page, n, _ in BLOCKS])
-def test_a_configuration_in_a_document(load_with, tmp_path: Path, page: str, number: int, block: str) -> None:
+def test_a_configuration_in_a_document(
+    load_with, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, number: int, block: str
+) -> None:
     """Whole files are read as they are; parts of train args beside what a run needs at least."""
     document = tomllib.loads(block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a prompt\n", encoding="utf-8")  # the name that documents use
     if "datasets" in document:
         run = load_with(dataset=block)
         assert run.datasets[0].subsets

@@ -56,10 +56,15 @@ def test_a_command_is_taken_by_its_parser(block: Block, workplace: Path) -> None
             pytest.fail(f"{block}: `{' '.join(words)}` is refused:\n{error}")
 
 
-@of("json", "jsonl")
-def test_json_is_json(block: Block) -> None:
-    for text in block.code.splitlines() if block.language == "jsonl" else [block.code]:
-        json.loads(text)
+def test_json_is_json() -> None:
+    faults = []
+    for block in BLOCKS:
+        for text in {"json": [block.code], "jsonl": block.code.splitlines()}.get(block.language, []):
+            try:
+                json.loads(text)
+            except ValueError as error:
+                faults.append(f"{block}: {error}")
+    assert not faults, "\n".join(faults)
 
 
 @of("python")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from itertools import zip_longest
 from pathlib import Path
@@ -9,6 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
+import anima_peft
 from tests.docs.pages import CHINESE, PAGES, ROOT, anchors, blocks, chinese_of, english_of, headings, links, relative
 
 ENGLISH = [page for page in PAGES if not page.name.endswith(CHINESE)]
@@ -92,3 +94,25 @@ def test_the_index_names_every_page(name: str) -> None:
     pages = [page for page in (ROOT / "docs").glob("*.md") if page.name.endswith(CHINESE) == chinese and page != index]
     missing = [page.name for page in pages if page.resolve() not in linked]
     assert not missing, f"docs/{name} does not link to {', '.join(sorted(missing))}"
+
+
+def texts_of_the_package() -> list[str]:
+    """Every string in the code, adjacent ones joined, formatted ones in the parts between their values."""
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in Path(anima_peft.__path__[0]).rglob("*.py"))
+    return [
+        node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+@pytest.mark.parametrize("name", ["troubleshooting.md", f"troubleshooting{CHINESE}"])
+def test_quoted_messages_are_the_programs_own(name: str) -> None:
+    quoted = [block for block in blocks(ROOT / "docs" / name) if block.language == "text"]
+    assert len(quoted) > 20
+    known = texts_of_the_package()
+    faults = [
+        f"{block}: no text of the program has {part.strip()!r}"
+        for block in quoted
+        for part in block.code.strip().split("…")
+        if not any(part.strip() in text for text in known)
+    ]
+    assert not faults, "\n".join(faults)
