@@ -34,7 +34,9 @@ def test_there_are_blocks_of_every_kind() -> None:
 
 
 def test_every_block_is_of_a_known_language_and_well_marked() -> None:
-    faults = [f"{b}: language {b.language!r}, expected {sorted(LANGUAGES)}" for b in BLOCKS if b.language not in LANGUAGES]
+    faults = [
+        f"{b}: language {b.language!r}, expected {sorted(LANGUAGES)}" for b in BLOCKS if b.language not in LANGUAGES
+    ]
     faults += [
         f"{b}: the comment before it is {b.faulty_comment!r}; expected `needs: WHAT` or `run`, or a line between"
         for b in BLOCKS

@@ -100,7 +100,10 @@ def texts_of_the_package() -> list[str]:
     """Every string in the code, adjacent ones joined, formatted ones in the parts between their values."""
     trees = (ast.parse(file.read_text(encoding="utf-8")) for file in Path(anima_peft.__path__[0]).rglob("*.py"))
     return [
-        node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
 
 
