@@ -2,8 +2,8 @@
 
 How a page says what becomes of a block of code (an HTML comment on the line directly before it):
 
-- nothing: Python is executed, shell lines are held against the commands' own parsers, TOML is loaded
-  (tests/config/test_shipped.py), JSON is parsed;
+- nothing: Python is executed, shell lines are held against the commands' own parsers, TOML is loaded as train args or a
+  dataset (tests/config/test_shipped.py), JSON is parsed, `text` is left alone;
 - `<!-- run -->`: a shell block of `anima-peft` lines is executed, in order with the page's Python;
 - `<!-- needs: real weights -->` (or a GPU, the network, …): not executed. Python must still compile and import only
   what the package has, and `anima-peft` lines must still parse.

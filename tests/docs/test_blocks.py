@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import linecache
+import tomllib
 import traceback
 from pathlib import Path
 
@@ -58,12 +59,15 @@ def test_a_command_is_taken_by_its_parser(block: Block, workplace: Path) -> None
             pytest.fail(f"{block}: `{' '.join(words)}` is refused:\n{error}")
 
 
-def test_json_is_json() -> None:
+def test_json_and_toml_are_well_formed() -> None:
     faults = []
     for block in BLOCKS:
-        for text in {"json": [block.code], "jsonl": block.code.splitlines()}.get(block.language, []):
+        parse = tomllib.loads if block.language == "toml" else json.loads
+        for text in {"toml": [block.code], "json": [block.code], "jsonl": block.code.splitlines()}.get(
+            block.language, []
+        ):
             try:
-                json.loads(text)
+                parse(text)
             except ValueError as error:
                 faults.append(f"{block}: {error}")
     assert not faults, "\n".join(faults)
