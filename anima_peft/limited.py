@@ -27,7 +27,7 @@ def read_limited(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
     if status.st_size > most_bytes:
         raise OSError(errno.EFBIG, f"{status.st_size} bytes, expected at most {most_bytes}", str(path))
     with path.open("rb") as file:
-        return file.read(most_bytes)
+        return file.read(status.st_size)  # a larger number would be set aside in memory as a whole
 
 
 def read_json(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> Any:

@@ -26,6 +26,7 @@ from unittest import mock
 import peft
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 from diffusers.training_utils import cast_training_params
 from torch.utils.data import Dataset
@@ -153,7 +154,7 @@ def ours(case: Case, accelerator: Accelerator, folder: Path, flags: Sequence[str
 @contextlib.contextmanager
 def _engine(case: Case, folder: Path) -> Iterator[Accelerator]:
     """One for all that is measured side by side: accelerate keeps one state for a process."""
-    with engine(_options(case, folder, NETWORKS["LoRA"](case)), folder) as accelerator:
+    with engine(_options(case, folder, NETWORKS["LoRA"](case)), [TensorBoardTracker("log", folder)]) as accelerator:
         accelerator.init_trackers("log")
         yield accelerator
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,8 +183,9 @@ def test_values_that_are_not_finite_are_refused(spec: DatasetSpec) -> None:
 
 
 def test_progress_is_shown_only_when_there_is_something_to_do(
-    spec: DatasetSpec, capsys: pytest.CaptureFixture[str]
+    spec: DatasetSpec, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     pictures = scan([spec], progress=False)
     plan_latents(pictures, model="vae").encode(CountingVae(), batch_size=4)
     assert "6/6" in capsys.readouterr().err

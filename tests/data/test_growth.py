@@ -91,7 +91,7 @@ def test_an_unchanged_picture_is_looked_at_once(
         encode(spec)
     count(cache, "file_stamp")
     count(TensorCache, "contains")
-    count(pictures_module, "picture_size")
+    count(pictures_module, "look_over")
     count(pictures_module, "place")
     count(cache.hashlib, "file_digest")
     for number, spec in specs.items():
@@ -157,7 +157,7 @@ def test_skipped_batches_are_not_loaded(spec: DatasetSpec, monkeypatch: pytest.M
 
 def test_the_fingerprint_is_that_of_one_list(spec: DatasetSpec) -> None:
     pictures = scan([spec], progress=False)
-    known = [{**dataclasses.asdict(picture), "path": None} for picture in pictures]
+    known = [{**dataclasses.asdict(picture), "path": None, "batch_size": None} for picture in pictures]
     text = json.dumps(known, sort_keys=True)
     assert _fingerprint(pictures) == hashlib.sha256(text.encode()).hexdigest()
 

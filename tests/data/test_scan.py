@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,7 +185,10 @@ def test_a_cache_folder_that_cannot_be_written(spec: DatasetSpec, tmp_path: Path
         scan([spec], cache_dir=tmp_path / "file" / "cache", progress=False)
 
 
-def test_progress_is_shown_only_while_files_are_read(spec: DatasetSpec, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_only_while_files_are_read(
+    spec: DatasetSpec, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     scan([spec])
     assert "checking pictures" in capsys.readouterr().err
     scan([dataclasses.replace(spec, batch_size=1)])

@@ -7,8 +7,8 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,19 @@ class Refused:
     dataset: str = DATASET
 
 
+@contextmanager
+def _in_place_of_wandb(stand_in: WandbStandIn) -> Iterator[None]:
+    """Not by `mock.patch.dict`, which would take away again every module that a run imports."""
+    real = sys.modules.get("wandb")
+    sys.modules["wandb"] = stand_in  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+        if real is not None:
+            sys.modules["wandb"] = real
+
+
 @dataclass
 class Recorded:
     """What passed through the seams of a run."""
@@ -125,7 +138,7 @@ class Built:
             for name, stand_in in _stand_ins(seen, self.folder).items():
                 room = _rooms()[name]
                 stack.enter_context(mock.patch.object(room, name, stand_in))
-            stack.enter_context(mock.patch.dict(sys.modules, {"wandb": seen.wandb}))
+            stack.enter_context(_in_place_of_wandb(seen.wandb))
             handler = _Listener(seen.warnings)
             logger = logging.getLogger("anima_peft")
             logger.addHandler(handler)

@@ -184,11 +184,12 @@ def test_a_damaged_entry_is_encoded_again_in_the_next_run(tmp_path: Path) -> Non
     plan.encode(encode, progress=False)
     (files,) = plan.files
     assert files is not None
-    whole = files.plain.read_bytes()
-    files.plain.write_bytes(at(-3)(whole))
+    plain = Path(files.plain)
+    whole = plain.read_bytes()
+    plain.write_bytes(at(-3)(whole))
     with pytest.raises(InputError):
-        TensorCache(tmp_path / ".anima_cache", "latents").read(files.plain.stem)
+        TensorCache(tmp_path / ".anima_cache", "latents").read(plain.stem)
     again = plan_latents(pictures, model="m")
     assert again.missing == 1
     again.encode(encode, progress=False)
-    assert files.plain.read_bytes() == whole
+    assert plain.read_bytes() == whole

@@ -16,7 +16,7 @@ from anima_peft.cli import FAULTY_INPUT, main, report_faults
 from anima_peft.data import DatasetSpec, SubsetSpec, scan
 from anima_peft.errors import InputError
 from anima_peft.texts import cut, escaped
-from anima_peft.training.state import load_state, read_progress
+from anima_peft.training.state import Progress, load_state, read_progress
 
 from .hostile import ESCAPES, POSIX, picture
 
@@ -123,7 +123,7 @@ def test_a_states_pickles_are_read_as_weights_only(raw: bool, tmp_path: Path) ->
     else:
         torch.save(Bomb(trace), file)
     with pytest.raises(InputError, match=r"x-state holds more than tensors and numbers, which is not read; use an"):
-        load_state(Accelerator(cpu=True), state)
+        load_state(Accelerator(cpu=True), Progress(), state, seed=0)
     assert not trace.exists()
 
 

@@ -241,7 +241,9 @@ def test_several_processes_train_the_adapter_alone(base: AnimaTransformerModel, 
     model, parameters = adapted(base, LoraConfig(r=2, train_norm=True))
     reference, others = adapted(base, LoraConfig(r=2, train_norm=True))
     options: Any = SimpleNamespace(
-        loop=SimpleNamespace(mixed_precision="no", gradient_checkpointing=True, attn_mode=None, xformers=False),
+        loop=SimpleNamespace(
+            mixed_precision="no", gradient_checkpointing=True, attn_mode=None, xformers=False, compiler=None
+        ),
         memory=SimpleNamespace(gradient_checkpointing_every=1, blocks_to_swap=ALL_BLOCKS),
         trains_conditioner=False,
     )
