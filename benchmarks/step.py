@@ -34,9 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anima_peft.adapters.strengths import adapter_layers
 from anima_peft.config import TrainOptions, load
-from anima_peft.data.cache import read_entry
+from anima_peft.data.cache import TensorCache
 from anima_peft.data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS, BucketBatchSampler, plain_noise
-from anima_peft.files import save_tensors
 from anima_peft.models.checkpoints import build_empty
 from anima_peft.models.precision import set_qk_norm_eps
 from anima_peft.training import loop
@@ -101,14 +100,14 @@ class _Samples(Dataset[dict[str, torch.Tensor]]):
     """One picture, read from files as the cache's are."""
 
     def __init__(self, case: Case, folder: Path):
-        self._latents, self._text = folder / "latents.safetensors", folder / "text.safetensors"
-        save_tensors(self._latents, {"latents": torch.randn(LATENT_CHANNELS, *case.latents)}, {})
-        save_tensors(self._text, {"prompt_embeds": case.text()}, {})
+        self._cache = TensorCache(folder, "step")
+        self._cache.write("latents", {"latents": torch.randn(LATENT_CHANNELS, *case.latents)})
+        self._cache.write("text", {"prompt_embeds": case.text()})
 
     def __getitem__(self, _: object) -> dict[str, torch.Tensor]:
-        latents = read_entry(self._latents)["latents"]
+        latents = self._cache.read("latents")["latents"]
         noise = plain_noise(torch.Generator().manual_seed(0), latents.shape)
-        return {"latents": latents, **noise, "sigma": torch.tensor(0.5), **read_entry(self._text)}
+        return {"latents": latents, **noise, "sigma": torch.tensor(0.5), **self._cache.read("text")}
 
 
 @dataclass(frozen=True)

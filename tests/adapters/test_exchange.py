@@ -382,7 +382,7 @@ def test_the_hubs_refusal_is_one_clear_fault(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(sources, "hf_hub_download", download)
     with pytest.raises(
-        InputError, match=r"someone/adapter: no such file here, and the hub cannot give it \(ConnectionError: offline\)"
+        InputError, match=r"someone/adapter: no such file here, .* cannot give it \(ConnectionError: offline\)"
     ):
         sources.locate_adapter("someone/adapter")
 

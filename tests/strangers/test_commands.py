@@ -6,11 +6,13 @@ import logging
 import os
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from anima_peft.cli import FAULTY_INPUT, main, report_faults
 from anima_peft.data import DatasetSpec, SubsetSpec, scan
@@ -113,8 +115,14 @@ class Bomb:
         return exec, (f"open({str(self.trace)!r}, 'w').close()",)
 
 
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process, which has other tests to run
+
+
 @pytest.mark.parametrize("raw", [False, True], ids=["as torch saves", "a bare pickle"])
-def test_a_states_pickles_are_read_as_weights_only(raw: bool, tmp_path: Path) -> None:
+def test_a_states_pickles_are_read_as_weights_only(raw: bool, accelerator: Accelerator, tmp_path: Path) -> None:
     trace, state = tmp_path / "trace", tmp_path / "x-state"
     state.mkdir()
     file = state / "random_states_0.pkl"
@@ -123,7 +131,7 @@ def test_a_states_pickles_are_read_as_weights_only(raw: bool, tmp_path: Path) ->
     else:
         torch.save(Bomb(trace), file)
     with pytest.raises(InputError, match=r"x-state holds more than tensors and numbers, which is not read; use an"):
-        load_state(Accelerator(cpu=True), Progress(), state, seed=0)
+        load_state(accelerator, Progress(), state, seed=0)
     assert not trace.exists()
 
 
