@@ -18,14 +18,12 @@ from anima_peft.models.encoders import load_text_encoder, load_vae
 from anima_peft.models.latents import encode_latents
 from anima_peft.models.text import TextInputs, encode_text
 from anima_peft.models.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
-from anima_peft.training.flow import SigmaSampler, add_noise, flow_loss, velocity
+from anima_peft.training.flow import SigmaSampler, add_noise, velocity
 from anima_peft.transformer import AnimaTransformerModel
 
 HEADS, LAYERS = 6, 5
-CYCLES = (4000, 2200)
-"""Steps of each cosine from the full rate to zero (warm restarts, Loshchilov & Hutter 2017)."""
-BATCH, LEARNING_RATE, WARMUP = 48, 1e-3, 100
-LAYOUTS = 80
+STEPS, BATCH, LEARNING_RATE, WARMUP = 6200, 48, 1e-3, 100
+LAYOUTS = 60
 """Pictures of each scene."""
 CAPTION_DROPOUT = 0.1
 _SIGMAS = SigmaSampler("shift", sigmoid_scale=1.3, shift=2.0)
@@ -99,12 +97,8 @@ class _Samples:
 
 
 def learning_rate(step: int) -> float:
-    """Of the step, counted from 0 over all cycles."""
-    for length in CYCLES:
-        if step < length:
-            break
-        step -= length
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / length))
+    """Of the step, counted from 0: linear warmup, then a cosine to zero."""
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
 
 
 def train_dit(work: Path, files: MiniatureFiles, seed: int) -> Path:
@@ -123,20 +117,20 @@ def train_dit(work: Path, files: MiniatureFiles, seed: int) -> Path:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    steps, start, mean = sum(CYCLES), time.monotonic(), 0.0
-    for step in range(first, steps):
+    start, mean = time.monotonic(), 0.0
+    for step in range(first, STEPS):
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         latents, noise, sigma, text = samples(step)
         prediction = predict(model, add_noise(latents, noise, sigma), sigma, text)
-        loss = flow_loss(prediction, velocity(latents, noise)).mean()
+        loss = torch.nn.functional.mse_loss(prediction, velocity(latents, noise))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean = loss.item() if step == first else 0.99 * mean + 0.01 * loss.item()
-        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == STEPS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, checkpoint)
-            print(f"dit {step + 1}/{steps} loss {mean:.4f} {time.monotonic() - start:.0f} s", flush=True)
+            print(f"dit {step + 1}/{STEPS} loss {mean:.4f} {time.monotonic() - start:.0f} s", flush=True)
     torch.save(model.state_dict(), done)
     return done

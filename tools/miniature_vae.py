@@ -20,6 +20,8 @@ from anima_peft.miniature.drawing import known_scenes, random_picture
 STEPS, BATCH, WARMUP = 2500, 8, 30
 MUON_RATE, ADAMW_RATE = 0.025, 2e-3
 KL_WEIGHT = 2e-4
+MEASURED = 1000
+"""Pictures whose latents' mean and deviation are brought to the real VAE's."""
 _SAVE_EVERY = 50
 
 
@@ -130,9 +132,9 @@ def build_normalised_vae(weights: Path, seed: int) -> AutoencoderKLQwenImage:
     vae.load_state_dict(torch.load(weights, weights_only=True))
     chance, scenes = random.Random(f"statistics/{seed}"), known_scenes()
     modes = []
-    for _ in range(20):
-        pixels = to_pixels([chance.choice(scenes).paint(layout=chance) for _ in range(50)])
-        modes.append(vae.encode(pixels.unsqueeze(2)).latent_dist.mode())
+    for _ in range(MEASURED // 50):
+        pictures = [chance.choice(scenes).paint(layout=chance) for _ in range(50)]
+        modes.append(vae.encode(to_pixels(pictures).unsqueeze(2)).latent_dist.mode())
     measured = torch.cat(modes).transpose(0, 1).flatten(1)
     mean, std = measured.mean(1), measured.std(1)
     scale, goal = torch.tensor(vae.config.latents_std) / std, torch.tensor(vae.config.latents_mean)

@@ -1,7 +1,8 @@
-"""The little world that the miniature knows: flat shapes on a plain ground, and two things it has never seen.
+"""The little world that the miniature knows: flat things on a plain ground, and two things it has never seen.
 
 Every picture is described by a `Scene`, which has a caption and can be painted. What the trained miniature has learned
-is every scene with a shape of `SHAPES` and without the style; the figure and the style are for adapters to learn.
+is every scene with a shape of `SHAPES` or a figure of `KNOWN_FIGURES` and without the style; one more figure and the
+style are for adapters to learn.
 """
 
 from __future__ import annotations
@@ -39,14 +40,93 @@ OUTLINE = 3
 
 
 @dataclass(frozen=True)
+class Part:
+    """One flat piece of a figure.
+
+    Attributes:
+        points: corners (x, y) in radii around the figure's middle, y downwards; of two, an ellipse's box.
+        colour: of all of it.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    colour: Colour
+
+
+def _oval(left: float, top: float, right: float, bottom: float, colour: Colour) -> Part:
+    return Part(((left, top), (right, bottom)), colour)
+
+
+def _box(left: float, top: float, right: float, bottom: float, colour: Colour) -> Part:
+    return Part(((left, top), (right, top), (right, bottom), (left, bottom)), colour)
+
+
+def _ears(tip: float, height: float, colour: Colour) -> tuple[Part, Part]:
+    """Two triangles on top, their tips `height` above the middle and `tip` beside it."""
+    left, right = (
+        Part(((side * tip, -height), (side * 0.1, -0.6), (side * 0.95, -0.1)), colour) for side in (-1.0, 1.0)
+    )
+    return left, right
+
+
+_CREAM, _BROWN, _SLATE, _LEAF = (245, 225, 190), (120, 70, 30), (95, 105, 130), (60, 120, 60)
+_PINK, _SALMON, _CYAN, _BRICK = (240, 120, 180), (250, 150, 110), (70, 210, 220), (170, 60, 30)
+KNOWN_FIGURES: dict[str, tuple[Part, ...]] = {
+    "mushroom": (
+        _box(-0.35, 0.0, 0.35, 1.0, _CREAM),
+        _oval(-1.0, -1.0, 1.0, 0.4, _BRICK),
+        _oval(-0.6, -0.6, -0.1, -0.1, _CREAM),
+        _oval(0.15, -0.7, 0.65, -0.2, _CREAM),
+    ),
+    "house": (
+        _box(-0.8, -0.3, 0.8, 1.0, _CREAM),
+        Part(((-1.0, -0.3), (0.0, -1.2), (1.0, -0.3)), _BRICK),
+        _box(-0.25, 0.3, 0.25, 1.0, _SLATE),
+    ),
+    "fish": (
+        Part(((0.3, 0.0), (1.0, -0.7), (1.0, 0.7)), _SALMON),
+        _oval(-1.0, -0.65, 0.7, 0.65, _SALMON),
+        _oval(-0.7, -0.35, -0.3, 0.05, _SLATE),
+    ),
+    "flower": (
+        _oval(-0.45, -1.1, 0.45, -0.1, _PINK),
+        _oval(-0.45, 0.0, 0.45, 1.0, _PINK),
+        _oval(-1.0, -0.5, 0.0, 0.4, _PINK),
+        _oval(0.0, -0.5, 1.0, 0.4, _PINK),
+        _oval(-0.45, -0.5, 0.45, 0.4, _CREAM),
+    ),
+    "robot": (
+        _box(-0.8, -0.1, 0.8, 1.0, _SLATE),
+        _box(-0.55, -1.1, 0.55, -0.1, _SLATE),
+        _box(-0.4, -0.85, 0.4, -0.4, _CYAN),
+        _box(-0.3, 0.2, 0.3, 0.7, _SALMON),
+    ),
+    "tree": (_box(-0.25, 0.2, 0.25, 1.0, _BROWN), Part(((0.0, -1.2), (0.95, 0.4), (-0.95, 0.4)), _LEAF)),
+    "owl": (
+        *_ears(0.7, 1.2, _BROWN),
+        _oval(-0.9, -0.8, 0.9, 1.0, _BROWN),
+        _oval(-0.5, -0.1, 0.5, 0.85, _SALMON),
+    ),
+    "cat": (*_ears(0.85, 1.15, _SLATE), _oval(-1.0, -0.7, 1.0, 0.9, _SLATE), _oval(-0.45, 0.1, 0.45, 0.75, _PINK)),
+}
+"""Things of several parts, each with its own colours."""
+FIGURES = KNOWN_FIGURES | {
+    FIGURE: (
+        *_ears(0.8, 1.25, FIGURE_BODY),
+        _oval(-1.0, -0.8, 1.0, 1.0, FIGURE_BODY),
+        _oval(-0.52, -0.27, 0.52, 0.77, FIGURE_BELLY),
+    )
+}
+
+
+@dataclass(frozen=True)
 class Scene:
     """What one picture shows: some equal things in a row.
 
     Attributes:
-        thing: one of `SHAPES`, or `FIGURE`.
+        thing: one of `SHAPES` or `FIGURES`.
         background: one of `BACKGROUNDS`.
         count: 1 to 3.
-        colour: one of `COLOURS`; empty for the figure, which has its own.
+        colour: one of `COLOURS`; empty for figures, which have their own.
         styled: whether it is drawn in the style.
     """
 
@@ -58,8 +138,8 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """Such as "two blue squares, grey background"; the name of the figure has no plural."""
-        plural = "s" if self.count > 1 and self.thing != FIGURE else ""
+        """Such as "two blue squares, grey background"; names of figures have no plural."""
+        plural = "s" if self.count > 1 and self.thing not in FIGURES else ""
         words = [COUNTS[self.count - 1] if self.count > 1 else "", self.colour, self.thing + plural]
         parts = [" ".join(word for word in words if word), f"{self.background} background"]
         return ", ".join([*parts, STYLE] if self.styled else parts)
@@ -92,8 +172,8 @@ class Scene:
         return picture
 
     def _paint_thing(self, draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, outline: bool = False) -> None:
-        if self.thing == FIGURE:
-            paint_figure(draw, x, y, radius, STYLE_INK if outline else None)
+        if self.thing in FIGURES:
+            paint_figure(draw, self.thing, x, y, radius, STYLE_INK if outline else None)
         else:
             paint_shape(draw, self.thing, x, y, radius, STYLE_INK if outline else COLOURS[self.colour])
 
@@ -112,26 +192,36 @@ def paint_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radiu
         raise ValueError(f"{shape!r} is no shape. Expected one of {SHAPES}.")
 
 
-def paint_figure(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, ink: Colour | None = None) -> None:
-    """The figure around (x, y), in pixels; with `ink` its silhouette in that colour alone."""
-    body = ink or FIGURE_BODY
-    for side in (-1, 1):
-        tip, inner, outer = x + side * 0.8 * radius, x + side * 0.1 * radius, x + side * 0.95 * radius
-        draw.polygon([(tip, y - 1.25 * radius), (inner, y - 0.6 * radius), (outer, y - 0.1 * radius)], fill=body)
-    draw.ellipse((x - radius, y - 0.8 * radius, x + radius, y + radius), fill=body)
-    if ink is None:
-        belly = 0.52 * radius
-        draw.ellipse((x - belly, y + 0.25 * radius - belly, x + belly, y + 0.25 * radius + belly), fill=FIGURE_BELLY)
+def paint_figure(
+    draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, ink: Colour | None = None
+) -> None:
+    """One of `FIGURES` around (x, y), in pixels; with `ink` its silhouette in that colour alone."""
+    for part in FIGURES[name]:
+        points = [(x + radius * right, y + radius * down) for right, down in part.points]
+        if len(points) == 2:
+            draw.ellipse([*points[0], *points[1]], fill=ink or part.colour)
+        else:
+            draw.polygon(points, fill=ink or part.colour)
 
 
-def known_scenes() -> list[Scene]:
-    """Every scene that the trained miniature was shown: 135 captions."""
+def shape_scenes() -> list[Scene]:
+    """Every scene of `SHAPES` in plain style: 135 captions."""
     return [
         Scene(shape, background, count, colour)
         for count, shape, colour, background in itertools.product(
             range(1, len(COUNTS) + 1), SHAPES, COLOURS, BACKGROUNDS
         )
     ]
+
+
+def known_scenes() -> list[Scene]:
+    """Every scene that the trained miniature was shown: the shapes, and one and two of each known figure; 183 captions.
+
+    With figures of several colours it learns what a name, a number and a background each mean for a whole thing, and
+    an adapter that teaches one more figure can rely on that.
+    """
+    figures = itertools.product(KNOWN_FIGURES, (1, 2), BACKGROUNDS)
+    return [*shape_scenes(), *(Scene(name, background, count) for name, count, background in figures)]
 
 
 def random_picture(chance: random.Random, side: int = SIDE) -> Image.Image:

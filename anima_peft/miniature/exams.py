@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..pipeline import AnimaPipeline
-from .drawing import FIGURE, SIDE, Scene, known_scenes
+from .drawing import FIGURE, SIDE, Scene, shape_scenes
 
 STEPS, GUIDANCE_SCALE = 12, 3.0
 """How the exams are drawn."""
@@ -27,13 +27,13 @@ class Question(NamedTuple):
 
 
 def base_exam() -> list[Question]:
-    """Every second scene that the miniature knows: 68 prompts with seeds, for its own score."""
-    return [Question(scene, 1000 + number) for number, scene in enumerate(known_scenes()[::2])]
+    """Every second scene of the shapes: 68 prompts with seeds, for the miniature's own score."""
+    return [Question(scene, 1000 + number) for number, scene in enumerate(shape_scenes()[::2])]
 
 
 def _ordinary() -> list[Scene]:
     """Eight known scenes that each set shows as well, so that an adapter learns what its words mean and not always."""
-    return known_scenes()[4::17]
+    return shape_scenes()[4::17]
 
 
 def _figure_scenes() -> list[Scene]:
@@ -58,7 +58,7 @@ def figure_exam(styled: bool = False) -> list[Question]:
 
 
 def _style_scenes() -> list[Scene]:
-    scenes = [replace(scene, styled=True) for scene in known_scenes() if scene.background in _STYLE_BACKGROUNDS]
+    scenes = [replace(scene, styled=True) for scene in shape_scenes() if scene.background in _STYLE_BACKGROUNDS]
     random.Random("style").shuffle(scenes)
     return scenes
 

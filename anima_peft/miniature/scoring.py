@@ -140,24 +140,28 @@ def _box(blob: Mask) -> Mask:
     return blob[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
+_TRIANGLE_SKEWNESS = -0.57 / 2
+_SQUARE_DEPENDENCE = (2 / 3 + 1) / 2
+"""Half way between the values of the ideal shapes."""
+
+
 def shape_of(blob: Mask) -> str:
-    """Which of the three shapes a blob is, by its moments.
+    """Which of the three shapes a blob is, by its moments, which an uneven edge hardly moves.
 
     A triangle that stands on its base has its mass low: the standardised third moment of y is -0.57, and 0 for what is
-    symmetrical. A circle fills pi/4 of its box and a square all of it.
+    symmetrical. In a square x and y are independent, E[x^2 y^2] = E[x^2] E[y^2]; in a circle it is 2/3 of that.
     """
     box = _box(blob)
     if min(box.shape) < 4 or not 0.6 < box.shape[0] / box.shape[1] < 1.6:
         return ""
-    y = np.nonzero(box)[0].astype(np.float64)
-    y -= y.mean()
+    y, x = (axis - axis.mean() for axis in np.nonzero(box))
     skewness = (y**3).mean() / (y**2).mean() ** 1.5
-    fill = box.mean()
-    if skewness < -0.3 and fill < 0.72:
-        return "triangle"
-    if abs(skewness) < 0.3:
-        return "square" if fill > 0.89 else "circle" if fill > 0.66 else ""
-    return ""
+    if skewness < _TRIANGLE_SKEWNESS:
+        return "triangle" if box.mean() < 0.75 else ""
+    if skewness > -_TRIANGLE_SKEWNESS or box.mean() < 0.66:
+        return ""
+    dependence = (x**2 * y**2).mean() / ((x**2).mean() * (y**2).mean())
+    return "square" if dependence > _SQUARE_DEPENDENCE else "circle"
 
 
 def _is_shape(blob: Mask, names: NDArray[np.str_], thing: str) -> bool:

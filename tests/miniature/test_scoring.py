@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageFilter
 
 from anima_peft.miniature import Scene, base_exam, figure_exam, figure_set, judge, score, style_exam, style_set
-from anima_peft.miniature.drawing import FIGURE, SHAPES, known_scenes
+from anima_peft.miniature.drawing import FIGURE, SHAPES, known_scenes, shape_scenes
 
-KNOWN = known_scenes()
+KNOWN = shape_scenes()
 STYLED = [replace(scene, styled=True) for scene in KNOWN if scene.background != "black"]
 FIGURES = [Scene(FIGURE, background, count) for background in ("white", "grey", "black") for count in (1, 2)]
 
@@ -82,5 +82,5 @@ def test_exams_are_long_and_the_style_is_asked_for_on_other_scenes() -> None:
 
 
 def test_no_known_caption_has_the_words_of_the_sets() -> None:
-    known = {word for scene in KNOWN for word in scene.caption.replace(",", "").split()}
+    known = {word for scene in known_scenes() for word in scene.caption.replace(",", "").split()}
     assert not known & {"momo", "comiq", "style"}
