@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import random
 import time
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from miniature_vae import to_pixels, use_flat_convolutions
 
-from anima_peft.miniature.drawing import known_scenes
+from anima_peft.miniature.drawing import FIGURE, KNOWN_FIGURES, known_scenes
 from anima_peft.miniature.layout import MiniatureFiles
 from anima_peft.miniature.random_weights import build_dit
 from anima_peft.models.encoders import load_text_encoder, load_vae
@@ -22,7 +24,11 @@ from anima_peft.training.flow import SigmaSampler, add_noise, velocity
 from anima_peft.transformer import AnimaTransformerModel
 
 HEADS, LAYERS = 6, 5
-STEPS, BATCH, LEARNING_RATE, WARMUP = 6200, 48, 1e-3, 100
+STAGES = ((6200, 1e-3), (1500, 4e-4))
+"""Steps, and the rate that a cosine brings to zero in them. In the second, figures are half of the time not called by
+their names but `FIGURE`, which so comes to mean a thing without telling which; else no adapter could teach it more than
+whole captions."""
+BATCH, WARMUP, ANONYMOUS = 48, 100, 0.5
 LAYOUTS = 60
 """Pictures of each scene."""
 CAPTION_DROPOUT = 0.1
@@ -49,11 +55,13 @@ def encode_scenes(work: Path, files: MiniatureFiles, seed: int) -> Path:
 
 
 def encode_captions(files: MiniatureFiles) -> TextInputs:
-    """Every scene's caption and, last, the empty one, as the conditioner reads them."""
+    """Every scene's caption, the empty one, and every scene's with `FIGURE` for a known figure, as they are read."""
     tokenizer, t5_tokenizer = load_qwen_tokenizer(files.tokenizer), load_t5_tokenizer(files.t5_tokenizer)
     text_encoder = load_text_encoder(files.text_encoder, torch.float32)
-    captions = [scene.caption for scene in known_scenes()]
-    return encode_text(text_encoder, tokenizer, t5_tokenizer, [*captions, ""], _TEXT_ROWS, "cpu")
+    scenes = known_scenes()
+    anonymous = [replace(scene, thing=FIGURE) if scene.thing in KNOWN_FIGURES else scene for scene in scenes]
+    captions = [scene.caption for scene in scenes], [""], [scene.caption for scene in anonymous]
+    return encode_text(text_encoder, tokenizer, t5_tokenizer, [*chain(*captions)], _TEXT_ROWS, "cpu")
 
 
 def predict(model: AnimaTransformerModel, noisy: torch.Tensor, sigma: torch.Tensor, text: TextInputs) -> torch.Tensor:
@@ -92,13 +100,20 @@ class _Samples:
         sigma = torch.tensor([_SIGMAS(generator, (8, 8)) for _ in range(BATCH)])
         noise = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
-        caption = torch.where(dropped, scenes, scene)  # the last caption is the empty one
+        caption = torch.where(dropped, scenes, scene)  # in the order of `encode_captions`
+        if step >= STAGES[0][0]:
+            anonymous = torch.rand(BATCH, generator=generator) < ANONYMOUS
+            caption = torch.where(anonymous & ~dropped, scenes + 1 + scene, caption)
         return latents, noise, sigma, TextInputs(*(part[caption] for part in self.text))
 
 
 def learning_rate(step: int) -> float:
-    """Of the step, counted from 0: linear warmup, then a cosine to zero."""
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+    """Of the step, counted from 0 over all stages: in each, linear warmup and a cosine to zero."""
+    for length, rate in STAGES:
+        if step < length:
+            break
+        step -= length
+    return rate * min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / length))
 
 
 def train_dit(work: Path, files: MiniatureFiles, seed: int) -> Path:
@@ -110,15 +125,15 @@ def train_dit(work: Path, files: MiniatureFiles, seed: int) -> Path:
     torch.manual_seed(seed)
     model = AnimaTransformerModel(*build_dit(len(load_t5_tokenizer(files.t5_tokenizer)), heads=HEADS, layers=LAYERS))
     model.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=STAGES[0][1], betas=(0.9, 0.98), weight_decay=0.01)
     first = 0
     if checkpoint.exists():
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    start, mean = time.monotonic(), 0.0
-    for step in range(first, STEPS):
+    steps, start, mean = sum(length for length, _ in STAGES), time.monotonic(), 0.0
+    for step in range(first, steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         latents, noise, sigma, text = samples(step)
         prediction = predict(model, add_noise(latents, noise, sigma), sigma, text)
@@ -128,9 +143,9 @@ def train_dit(work: Path, files: MiniatureFiles, seed: int) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean = loss.item() if step == first else 0.99 * mean + 0.01 * loss.item()
-        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == STEPS:
+        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, checkpoint)
-            print(f"dit {step + 1}/{STEPS} loss {mean:.4f} {time.monotonic() - start:.0f} s", flush=True)
+            print(f"dit {step + 1}/{steps} loss {mean:.4f} {time.monotonic() - start:.0f} s", flush=True)
     torch.save(model.state_dict(), done)
     return done

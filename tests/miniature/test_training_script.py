@@ -23,8 +23,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(TOOLS)
     modules = [importlib.import_module(name) for name in ("train_miniature", "miniature_vae", "miniature_dit")]
     train, vae, dit = modules
+    monkeypatch.setattr(vae, "STEPS", 2)
+    monkeypatch.setattr(dit, "STAGES", ((1, 1e-3), (1, 1e-3)))
     for module in (vae, dit):
-        monkeypatch.setattr(module, "STEPS", 2)
         monkeypatch.setattr(module, "BATCH", 2)
         monkeypatch.setattr(module, "known_scenes", lambda: known_scenes()[:2])
     monkeypatch.setattr(vae, "MEASURED", 50)
