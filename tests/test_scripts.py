@@ -150,6 +150,7 @@ def test_accelerate_launch_on_single_files(folder: Path, miniature: MiniatureFil
     assert without != with_adapter
 
 
+@pytest.mark.slow
 def test_anima_peft_train_on_a_diffusers_folder(folder: Path, diffusers_folder: Path) -> None:
     train_args = write_train_args(folder, {"pretrained_model_name_or_path": diffusers_folder})
     command = [sys.executable, "-m", "anima_peft.cli", "train"]

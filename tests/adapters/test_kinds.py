@@ -259,7 +259,10 @@ def test_two_processes_have_the_gradients_of_one() -> None:
     in_processes(2, gradients_of_two_processes)
 
 
-@everything
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("LoRA", "LoKr sentinel") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def test_blocks_compile_in_one_graph(kind: str) -> None:
     model = adapted(kind)
     shake(model)

@@ -158,6 +158,7 @@ def test_odd_configs_mean_what_they_say(options: Any, model: AnimaTransformerMod
     assert found.scale == options.get("lora_alpha", 2) / 2
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_keys(model: AnimaTransformerModel, untouched: Snapshot, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     entries = {f"lora_unet_blocks_{i}_mlp_layer1.alpha": entry("F16", (), (2 * i, 2 * i + 2)) for i in range(100_000)}

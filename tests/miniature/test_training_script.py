@@ -35,6 +35,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return train
 
 
+def test_the_script_is_there_to_run(script: ModuleType) -> None:
+    assert callable(script.main)
+
+
+@pytest.mark.slow
 def test_miniature_is_trained_from_nothing(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

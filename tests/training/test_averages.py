@@ -32,7 +32,10 @@ def tensors_equal(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("ema", "AdamWScheduleFree") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def test_a_state_goes_on_exactly(configure: Configure, tmp_path: Path, kind: str) -> None:
     """Also past files that are saved on the way, for which averages are put in place and taken out again."""
     pytest.importorskip("schedulefree" if "ScheduleFree" in kind else LIBRARIES.get(kind, "torch"))
