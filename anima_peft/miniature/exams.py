@@ -32,26 +32,30 @@ def base_exam() -> list[Question]:
 
 
 def _ordinary() -> list[Scene]:
-    """Eight known scenes that each set shows as well, so that an adapter learns what its words mean and not always."""
-    return shape_scenes()[4::17]
+    """16 known scenes that each set shows as well, so that an adapter learns what its words mean and not always.
+
+    None of them is in `base_exam`.
+    """
+    others = shape_scenes()[1::2]
+    return [others[number * len(others) // 16] for number in range(16)]
 
 
 def _figure_scenes() -> list[Scene]:
-    return [Scene(FIGURE, background, count) for background in ("white", "black") for count in (1, 2)]
+    return [Scene(FIGURE, background) for background in ("white", "black")]
 
 
 def figure_set() -> list[tuple[Image.Image, str]]:
-    """24 pictures of the figure, one and two of it on white and on black; and 8 ordinary ones."""
-    return _paint(_figure_scenes() * 6, "figure")
+    """16 pictures of the figure, on white and on black, and 16 ordinary ones."""
+    return _paint(_figure_scenes() * 8, "figure")
 
 
 def figure_exam(styled: bool = False) -> list[Question]:
-    """32 questions for the figure: the set's captions, each with eight seeds.
+    """32 questions for the figure: the set's captions with seeds that no picture of the set comes from.
 
     Args:
         styled: ask for one figure in the style instead, which no set shows.
     """
-    scenes = _figure_scenes() * 8
+    scenes = _figure_scenes() * 16
     if styled:
         scenes = [Scene(FIGURE, "white", styled=True)] * 30
     return [Question(scene, 2000 + number) for number, scene in enumerate(scenes)]
@@ -64,13 +68,13 @@ def _style_scenes() -> list[Scene]:
 
 
 def style_set() -> list[tuple[Image.Image, str]]:
-    """24 pictures in the style, each of another scene, and 8 ordinary ones."""
-    return _paint(_style_scenes()[:24], "style set")
+    """16 pictures in the style, each of another scene, and 16 ordinary ones."""
+    return _paint(_style_scenes()[:16], "style set")
 
 
 def style_exam() -> list[Question]:
     """30 scenes that are not in the set, in the style."""
-    return [Question(scene, 3000 + number) for number, scene in enumerate(_style_scenes()[24:54])]
+    return [Question(scene, 3000 + number) for number, scene in enumerate(_style_scenes()[16:46])]
 
 
 def _paint(scenes: Sequence[Scene], seed: str) -> list[tuple[Image.Image, str]]:
