@@ -109,10 +109,10 @@ class _Samples:
 
 def learning_rate(step: int) -> float:
     """Of the step, counted from 0 over all stages: in each, linear warmup and a cosine to zero."""
-    for length, rate in STAGES:
-        if step < length:
-            break
-        step -= length
+    (first, rate), (second, later_rate) = STAGES
+    length = first if step < first else second
+    if step >= first:
+        step, rate = step - first, later_rate
     return rate * min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / length))
 
 
