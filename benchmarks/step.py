@@ -397,5 +397,4 @@ def _timed(function: Callable[..., Any], into: list[float], device: torch.device
             torch.cuda.synchronize(device)
         into.append(time.perf_counter() - start)
         return result
-
     return call

@@ -40,7 +40,7 @@ def _as_launched(
     process: int, count: int, port: int, action: Callable[..., object], arguments: tuple[Any, ...]
 ) -> None:
     given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    given |= {"RANK": process, "LOCAL_RANK": process, "ACCELERATE_USE_CPU": "true", **LOOPBACK}
+    given |= {"RANK": process, "LOCAL_RANK": process, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, **LOOPBACK}
     os.environ.update({name: str(value) for name, value in given.items()})
     torch.set_num_threads(1)
     action(*arguments)

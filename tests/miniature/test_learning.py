@@ -21,7 +21,7 @@ from anima_peft.transformer import AnimaTransformerModel
 
 from .conftest import NETWORKS, Teach, ask
 
-SHORT = ("--max_train_steps", "200")
+SHORT = ("--max_train_steps", "150")
 ALPHA = ("--network_alpha", "48")
 SENTINEL = (*NETWORKS["lokr full"], "--network_alpha", "1")
 

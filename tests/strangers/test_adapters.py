@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.torch import save_file
 
 from anima_peft.adapters.inspection import as_json, as_text, inspect_adapter
@@ -157,8 +157,9 @@ TOKEN = "hf_" + "a1" * 17
 
 def refused(url: str, text: str) -> Exception:
     """The hub's error over an answer that repeats what was sent."""
-    request = httpx.Request("GET", url, headers={"Authorization": f"Bearer {TOKEN}"})
-    response = httpx.Response(403, request=request, text=text)
+    http = importlib.import_module(HTTPError.__module__.partition(".")[0])  # httpx, or what the hub uses by now
+    request = http.Request("GET", url, headers={"Authorization": f"Bearer {TOKEN}"})
+    response = http.Response(403, request=request, text=text)
     return HfHubHTTPError(f"403 Forbidden for {url}: {text}", response=response)
 
 
