@@ -2,9 +2,7 @@
 
 The references are LoRA by PEFT on diffusers' stock model, PEFT's LoKr and LyCORIS' LoKr, all on the same layers, with
 the same frozen base and optimizer, in a loop of forward, backward and AdamW and nothing else: no data, no clipping, no
-log. "added" is what a LoKr costs beyond PEFT's LoRA, over what PEFT's LoKr costs beyond it.
-
-Needs `lycoris-lora` (pip install -e ".[test]").
+log. "added" is what a LoKr costs beyond PEFT's LoRA, over what PEFT's LoKr costs beyond it. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -397,4 +395,5 @@ def _timed(function: Callable[..., Any], into: list[float], device: torch.device
             torch.cuda.synchronize(device)
         into.append(time.perf_counter() - start)
         return result
+
     return call

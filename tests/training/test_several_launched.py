@@ -81,8 +81,7 @@ def test_accelerate_starts_two_processes(configure: Configure, tmp_path: Path, u
     assert largest_difference(one.adapter, tmp_path / "output" / "test.safetensors") < 1e-6
     outputs, errors = zip(*said, strict=True)
     assert "".join(outputs).count("6 steps; the adapter's size is") == 1
-    assert "".join(errors).count("training:   0%") == 1, "one bar"
-    assert "2 processes train together" in outputs[0]
+    assert "".join([*outputs, *errors]).count("2 processes train together") == 1
     assert not (tmp_path / "nothing").exists()
     assert len(list((tmp_path / "own cache").rglob("*.safetensors"))) == (16 if machines == 2 else 0)
 
