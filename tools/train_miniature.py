@@ -21,6 +21,7 @@ from transformers import Qwen2Tokenizer
 
 from anima_peft.files import save_tensors
 from anima_peft.miniature import base_exam, draw_exam, figure_set, miniature_files, score, style_set
+from anima_peft.miniature.commands import load_pipeline
 from anima_peft.miniature.drawing import FIGURE, STYLE, known_scenes
 from anima_peft.miniature.layout import MiniatureFiles, save_captioned
 from anima_peft.miniature.random_weights import (
@@ -32,7 +33,6 @@ from anima_peft.miniature.random_weights import (
 )
 from anima_peft.miniature.trained import DATA
 from anima_peft.models.tokenizers import load_t5_tokenizer
-from anima_peft.pipeline import AnimaPipeline
 
 _TITLE = {"modelspec.title": "Anima miniature, trained on drawn shapes"}
 
@@ -95,17 +95,8 @@ def write_sets(files: MiniatureFiles) -> None:
 
 def report_score(files: MiniatureFiles) -> None:
     """Draw the fixed list of prompts with the written files, as anyone would who loads them."""
-    pipe = AnimaPipeline.from_single_files(
-        transformer=files.transformer,
-        text_encoder=files.text_encoder,
-        vae=files.vae,
-        tokenizer=files.tokenizer,
-        t5_tokenizer=files.t5_tokenizer,
-        torch_dtype=torch.float32,
-    )
-    pipe.set_progress_bar_config(disable=True)
     exam = base_exam()
-    result = score(draw_exam(pipe, exam), [question.scene for question in exam])
+    result = score(draw_exam(load_pipeline(files), exam), [question.scene for question in exam])
     print(f"score: {result} right; {result.parts}", flush=True)
 
 

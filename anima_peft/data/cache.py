@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from safetensors.torch import load
 
 from ..errors import InputError
 from ..files import save_tensors, unfinished_name, write_atomically
-from ..limited import read_json, read_limited
+from ..limited import parse_json, read_json, read_limited
 from .pixels import MOST_PICTURE_BYTES
 from .seals import damaged, is_seal_of, metadata_of, seal
 
@@ -39,7 +40,7 @@ Stamp = tuple[int, int]
 """(bytes, time of the last change in ns) of a file."""
 _ABANDONED_AFTER = 24 * 60 * 60.0  # seconds; an entry is written within one
 _LENGTH = 8  # bytes that say how long the header of a safetensors file is
-_USUAL_HEADER = 1024
+_USUAL_HEADER, _MOST_HEADER = 1024, 2**16
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -110,13 +111,16 @@ class TensorCache:
         """
         # Not by safetensors, which maps the file into memory: that takes twice as long, 200,000 times.
         try:
+            status = os.stat(self.file(key))
+            if not stat.S_ISREG(status.st_mode):
+                return False  # a pipe would be waited for without end
             with open(self.file(key), "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
+                size = status.st_size
                 start = file.read(_USUAL_HEADER)
                 end = _LENGTH + int.from_bytes(start[:_LENGTH], "little")
-                if end > size:
+                if end > min(size, _MOST_HEADER):
                     return False
-                header = json.loads((start + file.read(max(end - len(start), 0)))[_LENGTH:end])
+                header = parse_json((start + file.read(max(end - len(start), 0)))[_LENGTH:end].decode("utf-8"))
             if not is_seal_of(key, header.get("__metadata__")):
                 return False
             ends = (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")

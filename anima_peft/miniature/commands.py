@@ -117,8 +117,8 @@ def load_pipeline(files: MiniatureFiles) -> AnimaPipeline:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="anima-peft miniature-score",
-        description="Draw prompts that an adapter was not trained on, without and with it, and count by their pixels "
-        "which pictures are right.",
+        description="Draw fixed prompts with seeds of their own, without and with an adapter, and count by their "
+        "pixels which pictures are right.",
         allow_abbrev=False,
     )
     parser.add_argument("miniature", type=Path, help="folder that `anima-peft miniature` wrote")

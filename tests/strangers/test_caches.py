@@ -46,6 +46,8 @@ ENTRIES: dict[str, Callable[[bytes], bytes]] = {
     "zeros": lambda data: bytes(len(data)),
     "text": lambda data: b"<html>" * 20,
     "a header longer than the file": lambda data: (2**40).to_bytes(8, "little") + data[8:],
+    "a deep header": lambda data: (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "a small deep header": lambda data: (60_000).to_bytes(8, "little") + b"[" * 60_000,
     "a bit of the data": at(-64),
     "the last byte": at(-1),
     "another dtype": header(lambda head: head["latents"].update(dtype="I32")),
