@@ -155,7 +155,8 @@ class TensorCache:
 def read_entry(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of one cache file, on the CPU.
 
-    An entry whose content is not what was written is taken away, so that the next start makes it anew.
+    An entry whose content is not what was written, or no safetensors at all, is taken away, so that the next start
+    makes it anew.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -163,14 +164,22 @@ def read_entry(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         # Not mapped into memory: on Windows a mapped file can be neither replaced nor deleted.
         data = read_limited(Path(path), _MOST_ENTRY_BYTES)
+    except OSError as error:
+        raise damaged(path, error) from error
+    try:
         tensors = load(data)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
+        _take_away(path)
         raise damaged(path, error) from error
     if metadata_of(data) != seal(Path(path).stem, tensors):
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
-            os.unlink(path)
+        _take_away(path)
         raise damaged(path, "its content is not that which was kept")
     return tensors
+
+
+def _take_away(path: str | Path) -> None:
+    with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+        os.unlink(path)
 
 
 def read_unchanged(path: Path, sha256: str) -> bytes:

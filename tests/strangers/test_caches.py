@@ -52,6 +52,8 @@ ENTRIES: dict[str, Callable[[bytes], bytes]] = {
     "the last byte": at(-1),
     "another dtype": header(lambda head: head["latents"].update(dtype="I32")),
     "another shape": header(lambda head: head["latents"].update(shape=[1, 2, 8])),
+    "no dtype": header(lambda head: head["latents"].pop("dtype")),
+    "fewer numbers than the shape says": header(lambda head: head["latents"].update(shape=[2, 4, 4])),
     "more dimensions": header(lambda head: head["latents"].update(shape=[1, 1, 4, 4])),
     "another name": header(lambda head: head.update(latent=head.pop("latents"))),
     "offsets beyond": header(lambda head: head["latents"].update(data_offsets=[0, 10**12])),
