@@ -49,7 +49,7 @@ class Extraction:
     targets: Sequence[str] = (ALL_LINEAR,)
     whole: Sequence[str] = ()
     norms: bool = True
-    device: str = "cpu"
+    device: torch.device | str = "cpu"
 
 
 def extract(

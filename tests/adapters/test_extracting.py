@@ -211,3 +211,10 @@ def test_faults(fault: str, base: Path, faulty: Path, tmp_path: Path, capsys: py
     assert message in capsys.readouterr().err
     assert (contents(faulty), contents(base.parent)) == before
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a graphics card")
+def test_a_device_that_is_not_there_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--base", tmp_path / "a.safetensors", "--tuned", tmp_path / "b.safetensors"]
+    assert run("extract", *files, "--output", tmp_path / "out.safetensors", "--rank", "1", "--device", "cuda") == 2
+    assert "--device cuda: cannot be used here" in capsys.readouterr().err

@@ -1,26 +1,29 @@
-"""Writes the page about a run from its record: while the run is at work, after it, or after it has crashed."""
+"""`anima-peft report`: the page about a run, from its record."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError
+from ..errors import InputError
+from .parts import command_parser
 
 
-def report_command(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Write the report that the command line asks for, and print its path.
 
     Raises:
         InputError: the folder holds no record, or several and none was named.
     """
-    parser = argparse.ArgumentParser(prog="anima-peft report", description=__doc__, allow_abbrev=False)
+    parser = command_parser(
+        "report",
+        "Write the page about a run from its record: while the run is at work, after it, or after it has crashed.",
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of the run")
     parser.add_argument("--name", help="output_name of the run, where the folder has several")
     arguments = parser.parse_args(argv)
-    from .training.outputs import RECORD_SUFFIX, Outputs
-    from .training.report import write_report
+    from ..training.outputs import RECORD_SUFFIX, Outputs
+    from ..training.report import write_report
 
     if not arguments.run.is_dir():
         raise InputError(f"{arguments.run}: no such folder; expected the output_dir of a run")

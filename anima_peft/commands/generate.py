@@ -7,34 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .command_parts import DTYPES, adapter_and_strength
-from .errors import InputError
-from .files import require_writable
-from .generation import Request, draw, labelled_grid, save_picture
-from .models.sources import resolve_sources
-from .models.tokenizers import QWEN, T5
-from .pipeline import AnimaPipeline
-from .training.attention import require_attention, use_backend
-
-_EXAMPLES = """
-examples:
-  anima-peft generate --model Anima-Base-v1.0-Diffusers --prompt "1girl, solo" --output_dir pictures
-  anima-peft generate --anima_transformer anima.safetensors --vae qwen_image_vae.safetensors \\
-    --qwen qwen_3_06b_base.safetensors --qwen_tokenizer_dir qwen --t5_tokenizer_dir t5 \\
-    --prompt "1girl, solo" --seed 1 2 3 --adapter style.safetensors=0.8 --compare --output_dir pictures
-"""
+from ..errors import InputError
+from ..files import require_writable
+from ..generation import Request, draw, labelled_grid, save_picture
+from ..models.sources import resolve_sources
+from ..models.tokenizers import QWEN, T5
+from ..pipeline import AnimaPipeline
+from ..training.attention import require_attention, use_backend
+from .parts import DTYPES, adapter_and_strength, command_parser, device_of
 
 
-def build_parser() -> argparse.ArgumentParser:  # long by its flags, one statement each
-    """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="anima-peft generate",
-        description="Draw one picture for every prompt and seed, and a labelled grid of them all.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _parser() -> argparse.ArgumentParser:  # long by its flags, one statement each
+    parser = command_parser(
+        "generate",
+        "Draw one picture for every prompt and seed, and a labelled grid of them all.",
+        'anima-peft generate --model Anima-Base-v1.0-Diffusers --prompt "1girl, solo" --output_dir pictures',
+        "anima-peft generate --anima_transformer anima.safetensors --vae qwen_image_vae.safetensors \\\n"
+        "    --qwen qwen_3_06b_base.safetensors --qwen_tokenizer_dir qwen --t5_tokenizer_dir t5 \\\n"
+        '    --prompt "1girl, solo" --seed 1 2 3 --adapter style.safetensors=0.8 --compare --output_dir pictures',
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -92,16 +82,13 @@ def build_parser() -> argparse.ArgumentParser:  # long by its flags, one stateme
     return parser
 
 
-def generate(argv: Sequence[str]) -> list[Path]:
-    """Draw what the flags ask for.
-
-    Returns:
-        The files written: the pictures, then `grid.png`.
+def run(argv: Sequence[str]) -> None:
+    """Draw what the flags ask for, and print the files: the pictures, then `grid.png`.
 
     Raises:
         InputError: the model or an adapter cannot be loaded, a size is wrong, or a picture would be overwritten.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = _parser().parse_args(argv)
     adapters = [adapter_and_strength(text, "--adapter") for text in arguments.adapter]
     if arguments.compare and not adapters:
         raise InputError("--compare has no effect without --adapter.")
@@ -131,7 +118,6 @@ def generate(argv: Sequence[str]) -> list[Path]:
     grid = files[-1][0]
     save_picture(labelled_grid(drawn, labels, columns), grid)
     print(grid)
-    return [path for row in files for path in row]
 
 
 def _requests(arguments: argparse.Namespace) -> list[Request]:
@@ -159,7 +145,12 @@ def _files(folder: Path, requests: int, columns: Sequence[str]) -> list[list[Pat
 
 
 def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
-    sources = resolve_sources(
+    device = device_of(arguments.device)
+    if arguments.offload and device.type == "cpu":
+        raise InputError("--offload has no effect on the CPU: it frees a graphics card's memory.")
+    dtype = DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    require_attention(arguments.attn_mode, device, dtype)
+    sources = resolve_sources(  # last: it may fetch a model
         arguments.anima_transformer,
         vae=arguments.vae,
         qwen=arguments.qwen,
@@ -168,11 +159,6 @@ def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
         qwen_tokenizer_sources=QWEN.sources if arguments.auto_download_qwen_tokenizer else (),
         t5_tokenizer_sources=T5.sources if arguments.auto_download_t5_tokenizer else (),
     )
-    device = _device(arguments.device)
-    if arguments.offload and device.type == "cpu":
-        raise InputError("--offload has no effect on the CPU: it frees a graphics card's memory.")
-    dtype = DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    require_attention(arguments.attn_mode, device, dtype)
     pipe = AnimaPipeline.from_sources(sources, torch_dtype=dtype)
     use_backend(pipe.transformer, pipe.text_conditioner, arguments.attn_mode)
     if arguments.offload:
@@ -180,16 +166,3 @@ def _pipeline(arguments: argparse.Namespace) -> AnimaPipeline:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)
-
-
-def _device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is."""
-    if name is None:
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(found)
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: cannot be used here ({error}); expected cpu, cuda or mps.") from error
-    return device
