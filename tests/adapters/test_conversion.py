@@ -217,8 +217,10 @@ def test_nothing_is_overwritten_unasked(
     written({"unknown.lora_up.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
     assert run("convert", tmp_path / "bad.safetensors", new, "--format", "comfy", "--overwrite") == 2
     assert new.read_bytes() == b"mine"
-    assert run("convert", start, start, "--format", "comfy", "--overwrite") == 0  # in its own place
-    assert set(parsed(start, model)) == set(factors_of_kind(model, "LoRA"))
+    before = start.read_bytes()
+    assert run("convert", start, start, "--format", "comfy", "--overwrite") == 2
+    assert "is an input" in capsys.readouterr().err
+    assert start.read_bytes() == before
 
 
 @pytest.mark.parametrize(
