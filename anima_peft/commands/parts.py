@@ -15,6 +15,7 @@ import torch
 from ..adapters.low_rank import Keep
 from ..adapters.naming import ModuleTable
 from ..adapters.resizing import Approximation
+from ..adapters.single_file import table_of
 from ..adapters.writing import FORMATS
 from ..errors import InputError
 from ..models.dit import open_dit
@@ -120,8 +121,6 @@ def table_at(model: str | None) -> ModuleTable | None:
     if model is None:
         return None
     if Path(model).expanduser().is_file():
-        from ..adapters.baking import table_of
-
         return table_of(open_dit(Path(model).expanduser()))
     return ModuleTable(AnimaTransformerModel.from_pretrained(model).components)
 

@@ -175,8 +175,8 @@ FAULTS = {
     "an adapter": (["--tuned", "{tmp}/adapter.safetensors", "--rank", "1"], "looks like an adapter"),
     "lying header": (["--tuned", "{tmp}/lying.safetensors", "--rank", "1"], "not a readable safetensors"),
     "not finite": (["--tuned", "{tmp}/nan.safetensors", "--rank", "1"], "values that are not finite"),
-    "quantised": (["--tuned", "{tmp}/fp8.safetensors", "--rank", "1"], "is quantised"),
-    "integers": (["--tuned", "{tmp}/int8.safetensors", "--rank", "1"], "expected floating point"),
+    "quantized": (["--tuned", "{tmp}/fp8.safetensors", "--rank", "1"], "(F8_E4M3), and too coarse"),
+    "integers": (["--tuned", "{tmp}/int8.safetensors", "--rank", "1"], "(I8), and too coarse"),
     "another size": (["--tuned", "{tmp}/large.safetensors", "--rank", "1"], "models of different sizes"),
     "output is input": (["--tuned", "{tuned}", "--rank", "1", "--output", "{base}", "--overwrite"], "is an input"),
 }

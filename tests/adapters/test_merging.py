@@ -284,7 +284,7 @@ def test_nothing_is_left_when_a_sum_cannot_be_finished(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("anima_peft.streaming.TensorSpool.add", full)
+    monkeypatch.setattr("anima_peft.adapters.streaming.TensorSpool.add", full)
     assert run("merge", file, "--output", tmp_path / "sum.safetensors") == 1
     assert contents(tmp_path) == before
 
