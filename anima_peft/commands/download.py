@@ -7,7 +7,6 @@ from pathlib import Path, PurePath
 
 from ..errors import InputError
 from ..files import require_writable
-from ..models.downloads import complete_tokenizer
 from ..models.hub_folders import Hub, HubFolder
 from ..models.model_downloads import (
     CHECKPOINT,
@@ -18,6 +17,7 @@ from ..models.model_downloads import (
     fetch_files,
     single_files,
 )
+from ..models.tokenizer_downloads import complete_tokenizer
 from ..models.tokenizers import QWEN, T5
 from .parts import HUBS, command_parser
 
