@@ -301,6 +301,8 @@ def test_generate_overwrites_nothing(
         (["--device", "cpu", "--offload"], "--offload has no effect on the CPU"),
         (["--device", "cpu", "--attn_mode", "sage"], 'attn_mode: "sage" cannot be had: it needs a CUDA device'),
         (["--adapter", "gone.safetensors"], "gone.safetensors"),
+        (["--adapter", "gone.safetensors", "--vae", "nowhere"], "gone.safetensors: no such adapter file"),
+        (["--device", "abacus", "--vae", "nowhere"], "--device abacus: cannot be used here"),
         (["--width", "100"], "16"),
     ],
 )

@@ -119,6 +119,7 @@ class _Report:
     norms_left_out: int = 0
 
     def notes(self) -> Iterator[str]:
+        """What differs and was not taken, in sentences."""
         if self.left_out:
             yield f"{len(self.left_out)} linear layers differ and were not chosen, such as {self.left_out[0].native}"
         if self.norms_left_out:

@@ -320,6 +320,7 @@ def converted(factors: AnyFactors, dtype: torch.dtype | None, device: str = "cpu
     """The same factors with tensors of another dtype (None keeps each its own), on another device."""
 
     def moved(value: object) -> object:
+        """Tensors, also in pairs; other values as they are."""
         if isinstance(value, torch.Tensor):
             return value.to(device, dtype)
         return tuple(map(moved, value)) if isinstance(value, tuple) else value

@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.measure and arguments.config_file is None:
         raise InputError("--measure needs --config_file, which names the model and how it is trained.")
-    targets = [arguments.save / name for name in (SHEET_NAME, SUMMARY_NAME)] if arguments.save else []
+    targets = [arguments.save.expanduser() / name for name in (SHEET_NAME, SUMMARY_NAME)] if arguments.save else []
     _require_free(targets, overwrite=arguments.overwrite)
     config = _run_config(arguments)
     datasets, warnings = (config.datasets, config.warnings) if config else load_datasets(arguments.dataset_config)
@@ -132,8 +132,9 @@ def _costs(pictures: tuple[Picture, ...], config: RunConfig | None) -> Iterator[
     from ..data.summary import size_text
 
     def latents(picture: Picture) -> int:
+        """Bytes of one channel in float32."""
         width, height = (side // VAE_FACTOR for side in picture.placement.bucket)
-        return width * height * 4  # float32
+        return width * height * 4
 
     keeps = config is None or config.train.loop.cache_latents
     kept = [picture for picture in pictures if keeps and not picture.varies]

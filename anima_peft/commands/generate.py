@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapters.sources import locate_adapter
 from ..errors import InputError
 from ..files import require_writable
 from ..generation import Request, draw, labelled_grid, save_picture
@@ -17,7 +18,47 @@ from ..training.attention import require_attention, use_backend
 from .parts import DTYPES, adapter_and_strength, command_parser, device_of
 
 
-def _parser() -> argparse.ArgumentParser:  # long by its flags, one statement each
+def run(argv: Sequence[str]) -> None:
+    """Draw what the flags ask for, and print the files: the pictures, then `grid.png`.
+
+    Raises:
+        InputError: the model or an adapter cannot be loaded, a size is wrong, or a picture would be overwritten.
+    """
+    arguments = _parser().parse_args(argv)
+    adapters = [adapter_and_strength(text, "--adapter") for text in arguments.adapter]
+    if arguments.compare and not adapters:
+        raise InputError("--compare has no effect without --adapter.")
+    requests = _requests(arguments)
+    columns = ["without", "with adapters"] if arguments.compare else ["with adapters" if adapters else "pictures"]
+    folder: Path = arguments.output_dir.expanduser()
+    files = _files(folder, len(requests), columns)
+    taken = [path for row in files for path in row if path.exists()]
+    if taken and not arguments.overwrite:
+        raise InputError(f"{taken[0]} exists already; choose another --output_dir or add --overwrite.")
+    require_writable("--output_dir", folder)
+    located = [locate_adapter(file) for file, _ in adapters]  # before a model is fetched or read
+    pipe = _pipeline(arguments)
+    for number, path in enumerate(located):  # all, so that a fault in a file is found before anything is drawn
+        pipe.load_lora_weights(path, adapter_name=f"adapter_{number}")
+    if adapters:
+        pipe.set_adapters([f"adapter_{n}" for n in range(len(adapters))], [strength for _, strength in adapters])
+    drawn: list[list[Any]] = []
+    for request, paths in zip(requests, files, strict=False):  # the last row of files is the grid
+        row = []
+        for path, with_adapters in zip(paths, [False, True] if arguments.compare else [True], strict=True):
+            if adapters:
+                pipe.enable_lora() if with_adapters else pipe.disable_lora()
+            row.append(draw(pipe, request))
+            save_picture(row[-1], path)
+            print(path)
+        drawn.append(row)
+    labels = [f"seed {request.seed}: {request.prompt}" for request in requests]
+    grid = files[-1][0]
+    save_picture(labelled_grid(drawn, labels, columns), grid)
+    print(grid)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "generate",
         "Draw one picture for every prompt and seed, and a labelled grid of them all.",
@@ -26,6 +67,31 @@ def _parser() -> argparse.ArgumentParser:  # long by its flags, one statement ea
         "    --qwen qwen_3_06b_base.safetensors --qwen_tokenizer_dir qwen --t5_tokenizer_dir t5 \\\n"
         '    --prompt "1girl, solo" --seed 1 2 3 --adapter style.safetensors=0.8 --compare --output_dir pictures',
     )
+    _add_model_options(parser)
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[=STRENGTH]",
+        help="adapter file and its strength (default 1.0); may be repeated",
+    )
+    adapters.add_argument("--compare", action="store_true", help="draw every picture without the adapters as well")
+    picture = parser.add_argument_group("pictures")
+    picture.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    picture.add_argument("--negative_prompt", default="", help="for all prompts")
+    picture.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each (default 0)")
+    picture.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    picture.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    picture.add_argument("--steps", type=int, default=30, help="default 30")
+    picture.add_argument("--guidance_scale", type=float, default=4.0, help="1 turns guidance off (default 4)")
+    picture.add_argument("--flow_shift", type=float, help="shift of the noise schedule (default 3)")
+    picture.add_argument("--output_dir", type=Path, required=True, help="folder for the pictures; made if missing")
+    picture.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--anima_transformer",
@@ -59,65 +125,6 @@ def _parser() -> argparse.ArgumentParser:  # long by its flags, one statement ea
     model.add_argument(
         "--offload", action="store_true", help="keep on the graphics card only the part at work, and decode in tiles"
     )
-    adapters = parser.add_argument_group("adapters")
-    adapters.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="FILE[=STRENGTH]",
-        help="adapter file and its strength (default 1.0); may be repeated",
-    )
-    adapters.add_argument("--compare", action="store_true", help="draw every picture without the adapters as well")
-    picture = parser.add_argument_group("pictures")
-    picture.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    picture.add_argument("--negative_prompt", default="", help="for all prompts")
-    picture.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each (default 0)")
-    picture.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
-    picture.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
-    picture.add_argument("--steps", type=int, default=30, help="default 30")
-    picture.add_argument("--guidance_scale", type=float, default=4.0, help="1 turns guidance off (default 4)")
-    picture.add_argument("--flow_shift", type=float, help="shift of the noise schedule (default 3)")
-    picture.add_argument("--output_dir", type=Path, required=True, help="folder for the pictures; made if missing")
-    picture.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
-    return parser
-
-
-def run(argv: Sequence[str]) -> None:
-    """Draw what the flags ask for, and print the files: the pictures, then `grid.png`.
-
-    Raises:
-        InputError: the model or an adapter cannot be loaded, a size is wrong, or a picture would be overwritten.
-    """
-    arguments = _parser().parse_args(argv)
-    adapters = [adapter_and_strength(text, "--adapter") for text in arguments.adapter]
-    if arguments.compare and not adapters:
-        raise InputError("--compare has no effect without --adapter.")
-    requests = _requests(arguments)
-    columns = ["without", "with adapters"] if arguments.compare else ["with adapters" if adapters else "pictures"]
-    files = _files(arguments.output_dir, len(requests), columns)
-    taken = [path for row in files for path in row if path.exists()]
-    if taken and not arguments.overwrite:
-        raise InputError(f"{taken[0]} exists already; choose another --output_dir or add --overwrite.")
-    require_writable("--output_dir", arguments.output_dir)
-    pipe = _pipeline(arguments)
-    for number, (file, _) in enumerate(adapters):  # first: a fault in a file is found before anything is drawn
-        pipe.load_lora_weights(file, adapter_name=f"adapter_{number}")
-    if adapters:
-        pipe.set_adapters([f"adapter_{n}" for n in range(len(adapters))], [strength for _, strength in adapters])
-    drawn: list[list[Any]] = []
-    for request, paths in zip(requests, files, strict=False):  # the last row of files is the grid
-        row = []
-        for path, with_adapters in zip(paths, [False, True] if arguments.compare else [True], strict=True):
-            if adapters:
-                pipe.enable_lora() if with_adapters else pipe.disable_lora()
-            row.append(draw(pipe, request))
-            save_picture(row[-1], path)
-            print(path)
-        drawn.append(row)
-    labels = [f"seed {request.seed}: {request.prompt}" for request in requests]
-    grid = files[-1][0]
-    save_picture(labelled_grid(drawn, labels, columns), grid)
-    print(grid)
 
 
 def _requests(arguments: argparse.Namespace) -> list[Request]:

@@ -134,6 +134,7 @@ def bytes_bar(what: str) -> Callable[[int], Callable[[int], object]]:
     """A progress bar over bytes, made when their number is known."""
 
     def start(total: int) -> Callable[[int], object]:
+        """The bar; returned is what takes it forward."""
         return progress_bar(total=total, desc=what, unit="B", unit_scale=True).update
 
     return start

@@ -25,16 +25,17 @@ def run(argv: Sequence[str]) -> None:
     from ..training.outputs import RECORD_SUFFIX, Outputs
     from ..training.report import write_report
 
-    if not arguments.run.is_dir():
-        raise InputError(f"{arguments.run}: no such folder; expected the output_dir of a run")
-    names = sorted(path.name.removesuffix(RECORD_SUFFIX) for path in arguments.run.glob(f"*{RECORD_SUFFIX}"))
+    folder: Path = arguments.run.expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected the output_dir of a run")
+    names = sorted(path.name.removesuffix(RECORD_SUFFIX) for path in folder.glob(f"*{RECORD_SUFFIX}"))
     if arguments.name is not None and arguments.name not in names:
         there = f"there are {', '.join(names)}" if names else "there is none"
-        raise InputError(f"--name: {arguments.run} has no {arguments.name}{RECORD_SUFFIX}; {there}")
+        raise InputError(f"--name: {folder} has no {arguments.name}{RECORD_SUFFIX}; {there}")
     if not names:
         raise InputError(
-            f"{arguments.run}: no record of a run (<output_name>{RECORD_SUFFIX}); one is begun with the first step"
+            f"{folder}: no record of a run (<output_name>{RECORD_SUFFIX}); one is begun with the first step"
         )
     if arguments.name is None and len(names) > 1:
-        raise InputError(f"{arguments.run}: several runs; choose one by --name: {', '.join(names)}")
-    print(write_report(Outputs(arguments.run, arguments.name or names[0])))
+        raise InputError(f"{folder}: several runs; choose one by --name: {', '.join(names)}")
+    print(write_report(Outputs(folder, arguments.name or names[0])))
