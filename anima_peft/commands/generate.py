@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from ..pipeline import AnimaPipeline
 from ..training.attention import require_attention, use_backend
 from .parts import DTYPES, adapter_and_strength, command_parser, device_of
 
+_MULTIPLE = 16  # pixels along each side that one token of the DiT covers
+_SEEDS = range(-(2**63), 2**64)  # torch's
+
 
 def run(argv: Sequence[str]) -> None:
     """Draw what the flags ask for, and print the files: the pictures, then `grid.png`.
@@ -29,6 +33,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.compare and not adapters:
         raise InputError("--compare has no effect without --adapter.")
     requests = _requests(arguments)
+    _require_sound(requests[0], arguments.seed, adapters)
     columns = ["without", "with adapters"] if arguments.compare else ["with adapters" if adapters else "pictures"]
     folder: Path = arguments.output_dir.expanduser()
     files = _files(folder, len(requests), columns)
@@ -142,6 +147,35 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
         for prompt in arguments.prompt
         for seed in arguments.seed
     ]
+
+
+def _require_sound(request: Request, seeds: Sequence[int], adapters: Sequence[tuple[str, float]]) -> None:
+    """Refuse numbers that nothing can be drawn with, before a model is fetched or read.
+
+    Args:
+        request: any of them; they differ in prompt and seed.
+        seeds: all.
+        adapters: files and strengths.
+    """
+    faults = [
+        f"--{name} {side}: expected a multiple of {_MULTIPLE}"
+        for name, side in (("width", request.width), ("height", request.height))
+        if side < _MULTIPLE or side % _MULTIPLE
+    ]
+    if request.steps < 1:
+        faults.append(f"--steps {request.steps}: expected at least 1")
+    if not math.isfinite(request.guidance_scale):
+        faults.append(f"--guidance_scale {request.guidance_scale}: expected a finite number; 1 turns guidance off")
+    if request.flow_shift is not None and not 0 < request.flow_shift < math.inf:
+        faults.append(f"--flow_shift {request.flow_shift}: expected a finite number above zero")
+    faults += [f"--seed {seed}: expected less than 2**64" for seed in seeds if seed not in _SEEDS]
+    faults += [
+        f"--adapter {file}={number}: expected a finite strength"
+        for file, number in adapters
+        if not math.isfinite(number)
+    ]
+    if faults:
+        raise InputError.from_faults("These pictures cannot be drawn:", faults)
 
 
 def _files(folder: Path, requests: int, columns: Sequence[str]) -> list[list[Path]]:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters.inspection import Inspection, inspect_adapter
-from ..adapters.sources import read_adapter_file
 from ..errors import InputError
 from ..files import require_writable
+from ..models.checkpoints import read_header
 from ..models.hub_folders import REPO_ID
 from ..sharing.card import BASE_MODEL, Card, Example
 from ..sharing.folder import find_pictures, kind_of, write_folder
@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _card(arguments: argparse.Namespace, adapter: Path, found: Inspection, examples: Sequence[Example]) -> Card:
-    metadata = read_adapter_file(adapter, mapped=True).metadata
+    metadata = read_header(adapter).metadata
     return Card(
         repo_id=arguments.repo,
         hub=HUBS[arguments.hub],
