@@ -13,9 +13,17 @@ class InputError(ValueError):
     """
 
     @classmethod
-    def from_faults(cls, heading: str, faults: Iterable[str]) -> InputError:
-        """One error that lists every fault, so that a user mends all of them in one go."""
-        return cls("\n".join([heading, *(f"  - {fault}" for fault in faults)]))
+    def from_faults(cls, heading: str, faults: Iterable[str], most: int | None = None) -> InputError:
+        """One error that lists every fault, so that a user mends all of them in one go.
+
+        Args:
+            heading: the first line.
+            faults: a line each.
+            most: how many are listed; the others are counted.
+        """
+        listed = list(faults)
+        lines = listed[:most] + ([] if most is None or len(listed) <= most else [f"… and {len(listed) - most} more"])
+        return cls("\n".join([heading, *(f"  - {line}" for line in lines)]))
 
 
 class Interrupted(Exception):

@@ -73,6 +73,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
+        """All tensors at once, as the library does it."""
         try:
             save_file(ready, temporary, metadata=dict(metadata))
         except SafetensorError as error:  # so it reports a disk that is full, too

@@ -255,6 +255,7 @@ class AnimaPipeline(AnimaPipelineLoader, AnimaAdapterMixin):
         padding_mask = latents.new_zeros(1, 1, *latents.shape[-2:], dtype=dtype)
 
         def velocity(conditioning: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            """(N, 16, 1, h, w), for conditioning (N, L, D) and sigma (N,) in fp32."""
             return self.transformer(
                 hidden_states=latents.to(dtype),
                 timestep=sigma,

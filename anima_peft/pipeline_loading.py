@@ -13,12 +13,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
 from .errors import InputError
-from .models.downloads import locate_tokenizer
 from .models.encoders import check_encoders, load_text_encoder, load_vae
 from .models.folders import PARTS, check_folder, fetch_folder, stock_index
 from .models.part_configs import check_scheduler, read_config
 from .models.precision import encoder_dtype
 from .models.sources import ModelSources, resolve_sources
+from .models.tokenizer_downloads import locate_tokenizer
 from .models.tokenizers import QWEN, T5, load_qwen_tokenizer, load_t5_tokenizer
 from .transformer import AnimaTransformerModel
 

@@ -5,7 +5,8 @@ accelerate launch examples/train_anima_lora.py --config_file train_args.toml --d
 
 import sys
 
-from anima_peft.cli import report_faults, train_from
+from anima_peft.cli import report_faults
+from anima_peft.commands.train import train_from
 
 if __name__ == "__main__":
     sys.exit(report_faults(lambda: train_from(sys.argv[1:], prog="train_anima_lora.py")))

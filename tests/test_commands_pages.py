@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_peft import cli
+from anima_peft_command import COMMANDS, main
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("commands.md", "commands.zh-CN.md")
@@ -27,26 +27,10 @@ def examples(page: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def commands() -> list[str]:
-    """The commands of the program, from its own help."""
-    found: list[str] = []
-    original = argparse._SubParsersAction.add_parser
-
-    def noted(self, name, **kwargs):  # type: ignore[no-untyped-def]
-        found.append(name)
-        return original(self, name, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse._SubParsersAction, "add_parser", noted)
-        with pytest.raises(SystemExit):
-            cli.main(["--help"])
-    return found
-
-
 def test_every_command_is_described() -> None:
     for page in PAGES:
         named = {shlex.split(line)[1] for line in examples(page)}
-        assert named == set(commands())
+        assert named == set(COMMANDS)
 
 
 def test_both_languages_have_the_same_examples() -> None:
@@ -63,7 +47,7 @@ def test_every_example_is_taken_by_the_real_parser(line: str, monkeypatch: pytes
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
     with pytest.raises(_ParsedError):
-        cli.main(shlex.split(line)[1:])
+        main(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("command", ["merge", "extract", "resize", "share", "download", "convert", "inspect"])
@@ -71,7 +55,7 @@ def test_every_help_has_examples_that_parse(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        main([command, "--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  anima-peft ")]
     assert lines
     for line in lines:

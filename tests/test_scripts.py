@@ -301,7 +301,15 @@ def test_generate_overwrites_nothing(
         (["--device", "cpu", "--offload"], "--offload has no effect on the CPU"),
         (["--device", "cpu", "--attn_mode", "sage"], 'attn_mode: "sage" cannot be had: it needs a CUDA device'),
         (["--adapter", "gone.safetensors"], "gone.safetensors"),
-        (["--width", "100"], "16"),
+        (["--adapter", "gone.safetensors", "--vae", "nowhere"], "gone.safetensors: no such adapter file"),
+        (["--device", "abacus", "--vae", "nowhere"], "--device abacus: cannot be used here"),
+        (["--width", "100", "--vae", "nowhere"], "--width 100: expected a multiple of 16"),
+        (["--height", "0", "--vae", "nowhere"], "--height 0: expected a multiple of 16"),
+        (["--steps", "0", "--vae", "nowhere"], "--steps 0: expected at least 1"),
+        (["--guidance_scale", "nan", "--vae", "nowhere"], "--guidance_scale nan: expected a finite number"),
+        (["--flow_shift", "0"], "--flow_shift 0.0: expected a finite number above zero"),
+        (["--seed", "1", str(2**64)], f"--seed {2**64}: expected less than 2**64"),
+        (["--adapter", "x=inf", "--vae", "nowhere"], "--adapter x=inf: expected a finite strength"),
     ],
 )
 def test_generate_refuses(

@@ -6,7 +6,7 @@ python tools/convert_anima_root_to_kohya.py --input old_root.toml --output_dir c
 import sys
 
 from anima_peft.cli import report_faults
-from anima_peft.migrate_command import migrate_file
+from anima_peft.commands.migrate import migrate_file
 
 if __name__ == "__main__":
     sys.exit(report_faults(lambda: migrate_file(sys.argv[1:], prog="convert_anima_root_to_kohya.py")))

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError
-from ..models.dit import DitFile, open_dit
-from ..streaming import TensorFile, rewrite
+from ..models.dit import open_dit
 from .factors import Factors, LoraFactors, NormDelta, converted
 from .low_rank import has_weight
 from .merging import read_adapters
-from .naming import TEXT_CONDITIONER, TRANSFORMER, ModuleName, ModuleTable
+from .naming import ModuleName
 from .output import ORIGIN_KEY, origin, require_new_file
 from .reading import parse
+from .single_file import key_of, require_unquantized, table_of
+from .streaming import TensorFile, rewrite
 
-_WIDE = ("F64", "F32")
-_NARROW = ("BF16", "F16")
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
@@ -69,7 +68,7 @@ def bake(
         started: called with the bytes to write; what it returns is called with those of each tensor written.
 
     Raises:
-        InputError: not an Anima checkpoint, or a quantised one; an adapter that cannot be read as a whole or fits
+        InputError: not an Anima checkpoint, or a quantized one; an adapter that cannot be read as a whole or fits
             another model; or a sum that the checkpoint's dtype cannot hold.
         OSError: the output cannot be written.
     """
@@ -90,7 +89,7 @@ def bake(
             if any(_touches(factors, parameter) for factors, _ in parts)
             for key in [key_of(model, name, parameter)]
         }
-        _require_plain(source, by_key)
+        require_unquantized(source, by_key)
         sources = [{"file": Path(file.source).name, "strength": s} for file, s in zip(files, strengths, strict=True)]
         kept = {key: value for key, value in source.metadata.items() if key not in _HASHES}
         earlier = {"before": source.metadata[ORIGIN_KEY]} if ORIGIN_KEY in source.metadata else {}
@@ -100,41 +99,10 @@ def bake(
     return Baking(path, len(changes), math.sqrt(loss.rounding / loss.deltas) if loss.deltas else 0.0)
 
 
-def table_of(model: DitFile) -> ModuleTable:
-    """The modules of a checkpoint with their sizes; of their weights only the norms', which are small, are read.
-
-    Raises:
-        InputError: a norm holds integers.
-    """
-    components = {TRANSFORMER: model.transformer, TEXT_CONDITIONER: model.conditioner}
-    table = ModuleTable(components)
-    with TensorFile(model.checkpoint.path) as source:
-        for name in table.norms:
-            norm = components[name.component].get_submodule(name.path)
-            own = {part: source.read(key_of(model, name, part)).float() for part in norm.state_dict()}
-            norm.load_state_dict(own, assign=True)
-    return table
-
-
-def key_of(model: DitFile, name: ModuleName, parameter: str) -> str:
-    """The key of a module's `weight` or `bias` in the checkpoint."""
-    keys = model.transformer_keys if name.component == TRANSFORMER else model.conditioner_keys
-    return keys[f"{name.path}.{parameter}"]
-
-
 def _touches(factors: Factors, parameter: str) -> bool:
     if parameter == "bias":
         return factors.bias is not None
     return isinstance(factors, NormDelta) or has_weight(factors)
-
-
-def _require_plain(source: TensorFile, keys: Mapping[str, object]) -> None:
-    quantised = [key for key in keys if source.entries[key].dtype not in (*_WIDE, *_NARROW)]
-    if quantised:
-        raise InputError(
-            f"{source.path}: {len(quantised)} of the weights to change are quantised, such as {quantised[0]} "
-            f"({source.entries[quantised[0]].dtype}), and too coarse for an adapter's deltas; give the bf16 checkpoint."
-        )
 
 
 def _adding(
@@ -143,6 +111,7 @@ def _adding(
     """What makes the new tensor of a checkpoint's old one."""
 
     def add(old: torch.Tensor) -> torch.Tensor:
+        """The old tensor with all deltas, in its own dtype; what rounding costs is noted in `loss`."""
         wide = torch.float64 if old.dtype in (torch.float32, torch.float64) else torch.float32
         base = old.to(wide)
         delta = torch.zeros_like(base)

@@ -15,6 +15,7 @@ from .factors import Factors, FullDelta, LoraFactors, NormDelta, Weights, conver
 from .metadata import describe, with_hashes
 from .naming import ModuleName, ModuleTable
 from .nominal import nominal_table
+from .output import require_new_file
 from .reading import AdapterFile, parse
 from .sources import locate_adapter, read_adapter_file
 from .writing import FORMATS, Format, serialize
@@ -66,17 +67,15 @@ def convert(
         overwrite: whether a file that is there may be replaced.
 
     Raises:
-        InputError: the source cannot be read as a whole, the style is unknown, or the new file exists.
+        InputError: the source cannot be read as a whole, the style is unknown, or the output may not be written.
         OSError: the file cannot be written.
     """
     path = Path(path)
     if style not in FORMATS:
         raise InputError(f"format {style!r}: expected one of {', '.join(FORMATS)}.")
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: expected a name that ends in .safetensors.")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another name or add --overwrite.")
-    file = read_adapter_file(locate_adapter(source))
+    source = locate_adapter(source)
+    require_new_file(path, [source], overwrite=overwrite)
+    file = read_adapter_file(source)
     weights = parse(file, table or nominal_table(file.tensors, file.source))
     tensors, style_metadata = serialize(weights, style, dtype)
     kept = {key: value for key, value in file.metadata.items() if key not in _STYLE_METADATA}

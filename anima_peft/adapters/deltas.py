@@ -107,6 +107,7 @@ class DeltaLayer(torch.nn.Module, BaseTunerLayer):
                 parameter.data = (parameter.data.float() + scale * delta.detach()).to(parameter.dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out), of a norm both its width; in the dtype that the base layer gives."""
         active: list[str] = self.active_adapters  # type: ignore[assignment]
         names = [] if self.disable_adapters or self.merged else [name for name in active if name in self.scaling]
         if names and adds_in_place(self.base_layer):

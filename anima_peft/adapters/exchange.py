@@ -17,14 +17,15 @@ from ..errors import InputError
 from ..files import save_tensors
 from .factors import Factors, alike, rescaled, summary
 from .hotswap import reserve_rank, swap
-from .injection import Plan, announce_full_matrices, inject, plan_file, plan_training
+from .injection import inject
 from .layers import adapter_layers_of, adapter_parameters, read_weights, write_weights
 from .lora import LoraConfig, add_dropouts
 from .metadata import describe, with_hashes
 from .naming import Components, ModuleName, ModuleTable
+from .planning import Plan, announce_full_matrices, plan_file, plan_training
 from .reading import parse
 from .sources import DIFFUSERS_FILE_NAME, Source, read_source
-from .strengths import activate, active_adapters, adapter_names, bake, remove, require_ready
+from .strengths import activate, active_adapters, adapter_names, merge_and_unload, remove, require_ready
 from .writing import FORMATS, Format, serialize
 
 
@@ -180,7 +181,7 @@ def merge_adapter(components: Components, source: Source, strength: float = 1.0)
     """
     assert not adapter_names(components), "adapters would be merged along with it"
     name = load_adapter(components, source)
-    bake(components, name, strength)
+    merge_and_unload(components, name, strength)
 
 
 def save_adapter(

@@ -12,16 +12,15 @@ import torch
 
 from ..errors import InputError
 from ..models.dit import DitFile, open_dit
-from ..streaming import TensorFile
-from .baking import key_of, table_of
 from .factors import Factors, FullDelta, LoKrFactors, NormDelta, describe_factors, summary
 from .kronecker import factorize
 from .lokr import FULL_MATRIX_SENTINEL
 from .low_rank import Keep, lora_of, spectrum_of_matrix
-from .merging import Bar
 from .naming import ModuleName, ModuleTable
-from .output import origin, require_new_file, write_modules
+from .output import Bar, origin, require_new_file, write_modules
 from .resizing import Approximation, Kept
+from .single_file import key_of, require_unquantized, table_of
+from .streaming import TensorFile
 from .targets import ALL_LINEAR, select_targets
 from .writing import Format
 
@@ -49,7 +48,7 @@ class Extraction:
     targets: Sequence[str] = (ALL_LINEAR,)
     whole: Sequence[str] = ()
     norms: bool = True
-    device: str = "cpu"
+    device: torch.device | str = "cpu"
 
 
 def extract(
@@ -81,7 +80,7 @@ def extract(
         What was written, with the kept energy of every layer that differs, also of those left out.
 
     Raises:
-        InputError: not two Anima checkpoints of one size, they do not differ, a weight is not finite or quantised, or
+        InputError: not two Anima checkpoints of one size, they do not differ, a weight is not finite or quantized, or
             the output may not be written.
         OSError: the output cannot be written.
     """
@@ -97,6 +96,7 @@ def extract(
         pair = _Pair(models, first, second)
 
         def modules() -> Iterator[tuple[ModuleName, Factors]]:
+            """One factor set after the other, made when it is asked for."""
             empty = True
             for name in bar((*table.linears, *table.norms)):
                 factors = _module(name, table, pair, how, chosen, whole, report)
@@ -119,6 +119,7 @@ class _Report:
     norms_left_out: int = 0
 
     def notes(self) -> Iterator[str]:
+        """What differs and was not taken, in sentences."""
         if self.left_out:
             yield f"{len(self.left_out)} linear layers differ and were not chosen, such as {self.left_out[0].native}"
         if self.norms_left_out:
@@ -126,9 +127,15 @@ class _Report:
 
 
 class _Pair:
-    """The two checkpoints."""
+    """The two checkpoints.
+
+    Raises:
+        InputError: one of them is quantized.
+    """
 
     def __init__(self, models: tuple[DitFile, DitFile], base: TensorFile, tuned: TensorFile):
+        for model, file in zip(models, (base, tuned), strict=True):
+            require_unquantized(file, (*model.transformer_keys.values(), *model.conditioner_keys.values()))
         self._models, self._files = models, (base, tuned)
 
     def difference(self, name: ModuleName, parameter: str) -> torch.Tensor | None:
@@ -139,8 +146,6 @@ class _Pair:
     def _subtract(self, base_key: str, tuned_key: str) -> torch.Tensor | None:
         base, tuned = self._files[0].read(base_key), self._files[1].read(tuned_key)
         for file, key, tensor in zip(self._files, (base_key, tuned_key), (base, tuned), strict=True):
-            if tensor.element_size() < 2:
-                raise InputError(f"{file.path}: {key} is quantised; give the bf16 checkpoint.")
             if not tensor.isfinite().all():
                 raise InputError(f"{file.path}: {key} holds values that are not finite.")
         if tuned.element_size() < base.element_size():

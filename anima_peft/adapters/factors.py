@@ -39,10 +39,12 @@ class LoraFactors:
 
     @property
     def rank(self) -> int:
+        """Width between the two matrices."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """What up @ down is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
     def delta(self) -> torch.Tensor:
@@ -98,11 +100,13 @@ class LoKrFactors:
 
     @property
     def shape(self) -> LoKrShape:
+        """Sizes of the factors, and the ranks of those that are decomposed."""
         (a, c, rank1), (b, d, rank2) = _size(self.w1), _size(self.w2)
         return LoKrShape(a, b, c, d, rank1, rank2)
 
     @property
     def scale(self) -> float:
+        """What kron(w1, w2) is multiplied by: alpha / rank, and 1 where both factors are full."""
         rank = self.shape.rank
         return 1.0 if rank is None else self.alpha / rank
 
@@ -141,10 +145,12 @@ class LoHaFactors:
 
     @property
     def rank(self) -> int:
+        """Width between the matrices of each pair."""
         return self.w1[1].shape[0]
 
     @property
     def scale(self) -> float:
+        """What the product of the pairs is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
     def delta(self) -> torch.Tensor:
@@ -170,6 +176,7 @@ class FullDelta:
 
     @property
     def scale(self) -> float:
+        """Always 1: files have no alpha beside it."""
         return 1.0
 
     def delta(self) -> torch.Tensor:
@@ -195,6 +202,7 @@ class NormDelta:
 
     @property
     def scale(self) -> float:
+        """Always 1: files have no alpha beside it."""
         return 1.0
 
     def delta_norm(self) -> float:
@@ -312,6 +320,7 @@ def converted(factors: AnyFactors, dtype: torch.dtype | None, device: str = "cpu
     """The same factors with tensors of another dtype (None keeps each its own), on another device."""
 
     def moved(value: object) -> object:
+        """Tensors, also in pairs; other values as they are."""
         if isinstance(value, torch.Tensor):
             return value.to(device, dtype)
         return tuple(map(moved, value)) if isinstance(value, tuple) else value
@@ -330,14 +339,17 @@ def detached(factor: Factor) -> Factor:
     return factor.detach() if isinstance(factor, torch.Tensor) else (factor[0].detach(), factor[1].detach())
 
 
-def _norm(factor: Factor) -> float:
-    """Frobenius norm of the matrix that a factor stands for, in float64."""
-    exact = _double(factor)
-    if isinstance(exact, torch.Tensor):
-        return float(exact.norm())
-    left, right = exact
+def frobenius_norm(factor: Factor) -> torch.Tensor:
+    """Frobenius norm of the matrix that a factor stands for: (), in the factor's dtype and on its device."""
+    if isinstance(factor, torch.Tensor):
+        return factor.norm()
+    left, right = factor
     # |left @ right|^2 = trace((left' left) (right right')): rank x rank instead of m x n. Rounding can fall below zero.
-    return math.sqrt(max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0))
+    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+
+
+def _norm(factor: Factor) -> float:
+    return float(frobenius_norm(_double(factor)))
 
 
 def _double(factor: Factor) -> Factor:

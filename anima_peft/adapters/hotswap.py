@@ -80,6 +80,5 @@ def swap(components: Components, weights: Mapping[ModuleName, Factors], adapter_
             continue
         ready[name] = new if old.scale == 0 else rescaled(new, old.scale)
     if faults:
-        shown = faults[:10] + ([f"… and {len(faults) - 10} more"] if len(faults) > 10 else [])
-        raise InputError.from_faults(f"hotswap: {adapter_name!r} was left as it was:", shown)
+        raise InputError.from_faults(f"hotswap: {adapter_name!r} was left as it was:", faults, most=10)
     write_weights(components, ready, adapter_name)

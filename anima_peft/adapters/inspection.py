@@ -128,12 +128,11 @@ def as_text(found: Inspection) -> Iterator[str]:
             yield f"    {block:44} {norm:10.4g} {'#' * round(30 * min(norm / largest, 1.0))}"
     if found.metadata:
         yield "  metadata, as the file has it:"
-        yield from (f"    {key}: {value}" for key, value in sorted(found.metadata.items()) if key != _PACKED)
-        if _PACKED in found.metadata:
-            yield f"    {_PACKED}: an adapter config"
-
-
-_PACKED = LORA_ADAPTER_METADATA_KEY
+        yield from (
+            f"    {key}: {value}" for key, value in sorted(found.metadata.items()) if key != LORA_ADAPTER_METADATA_KEY
+        )
+        if LORA_ADAPTER_METADATA_KEY in found.metadata:
+            yield f"    {LORA_ADAPTER_METADATA_KEY}: an adapter config"
 
 
 def as_json(found: Inspection) -> str:

@@ -124,6 +124,7 @@ class _AddKron(torch.autograd.Function):
         outer: torch.Tensor | None,
         weight: torch.Tensor | None,
     ) -> torch.Tensor:
+        """`result` (..., a*b), written to in place; x (..., c*d), w1 (a, c); for the others see `_around_mixing`."""
         a, c = w1.shape
         mixing, before, after = _as(x, w1), _as(x, inner), _as(x, outer)
         rows, sums = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
@@ -146,6 +147,7 @@ class _AddKron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of result, x, w1, inner, outer and weight, each in its tensor's shape and dtype; `gradient` is (..., a*b)."""
         x, w1, inner, outer, weight, cut = ctx.saved_tensors
         a, c = w1.shape
         mixing, before, after = _as(x, w1), _as(x, inner), _as(x, outer)

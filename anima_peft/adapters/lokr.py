@@ -120,6 +120,7 @@ class LoKrLinear(PeftLoKrLinear):
         return factors.delta() * (self.scaling[adapter_name] / factors.scale if factors.scale else 0.0)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(..., in) to (..., out), in the dtype that the base layer gives; kron(w1, w2) is not formed."""
         if self.disable_adapters or self.merged:
             if self.disable_adapters and self.merged:
                 self.unmerge()

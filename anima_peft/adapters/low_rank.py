@@ -71,6 +71,7 @@ def spectrum_of_pair(left: torch.Tensor, right: torch.Tensor) -> Spectrum:
     u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
 
     def leading(rank: int) -> Pair:
+        """The best pair of that rank."""
         return q_left @ (u[:, :rank] * values[:rank]), v[:rank] @ q_right.T
 
     return Spectrum(values.square(), leading)
@@ -87,6 +88,7 @@ def spectrum_of_matrix(matrix: torch.Tensor) -> Spectrum:
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
 
     def leading(rank: int) -> Pair:
+        """The matrix on its leading vectors."""
         kept = vectors[:, :rank]
         return (matrix @ kept, kept.T) if tall else (kept, kept.T @ matrix)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .factors import Factor, LoKrFactors, LoraFactors
-from .layers import adapter_layers_of, read_factors, tensors_of
+from .factors import Factor, LoKrFactors, LoraFactors, frobenius_norm, tensors_of
+from .layers import adapter_layers_of, read_factors
 from .naming import Components
 
 
@@ -54,16 +54,12 @@ def limit_norms(components: Components, adapter_name: str, limit: float) -> Delt
 
 
 def _delta_norm(factors: LoraFactors | LoKrFactors) -> torch.Tensor:
-    """() float32, on the factors' device."""
+    """() float32, on the factors' device: unlike `delta_norm` it waits for no graphics card."""
     if isinstance(factors, LoraFactors):
-        return _norm((factors.up, factors.down)) * abs(factors.scale)
+        return frobenius_norm(_float((factors.up, factors.down))) * abs(factors.scale)
     # that of a Kronecker product is the product of its factors' norms
-    return _norm(factors.w1) * _norm(factors.w2) * abs(factors.scale)
+    return frobenius_norm(_float(factors.w1)) * frobenius_norm(_float(factors.w2)) * abs(factors.scale)
 
 
-def _norm(factor: Factor) -> torch.Tensor:
-    if isinstance(factor, torch.Tensor):
-        return factor.float().norm()
-    left, right = factor[0].float(), factor[1].float()
-    # |A B|^2 = trace((A' A) (B B')): rank x rank instead of the whole matrix
-    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+def _float(factor: Factor) -> Factor:
+    return factor.float() if isinstance(factor, torch.Tensor) else (factor[0].float(), factor[1].float())

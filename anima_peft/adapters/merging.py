@@ -7,7 +7,7 @@ averaging B and A apart adds the cross terms B1 A2 and B2 A1, which neither adap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,10 @@ from .factors import Factors, FullDelta, LoKrFactors, LoraFactors, NormDelta, We
 from .low_rank import Keep, Pair, Spectrum, exact_pair, has_weight, lora_of, spectrum_of_matrix, spectrum_of_pair
 from .naming import ModuleName, ModuleTable
 from .nominal import nominal_table
-from .output import origin, require_new_file, still_true, write_modules
+from .output import Bar, origin, require_new_file, still_true, write_modules
 from .reading import AdapterFile, parse
 from .sources import locate_adapter, read_adapter_file
 from .writing import Format
-
-Bar = Callable[[Iterable[ModuleName]], Iterable[ModuleName]]
-"""Shows how far a loop over modules is."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,7 @@ def merge(
     energies: list[tuple[float, float]] = []
 
     def modules() -> Iterator[tuple[ModuleName, Factors]]:
+        """One factor set after the other, made when it is asked for."""
         for name in bar(changed):
             parts = [(of_one[name], s) for of_one, s in zip(weights, strengths, strict=True) if name in of_one]
             try:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save
 
 from .._version import __version__
-from ..streaming import TensorSpool
 from .factors import FullDelta, LoHaFactors, LoKrFactors, NormDelta, Weights
+from .streaming import TensorSpool
 
 _LEGACY_OFFSET, _LEGACY_END = 0x100000, 0x110000
 

@@ -21,6 +21,7 @@ from .quantized import is_quantized, plain_weight, weight_shape
 TRANSFORMER = "transformer"
 TEXT_CONDITIONER = "text_conditioner"
 TEXT_ENCODER = "text_encoder"
+COMFY_PREFIX = "diffusion_model."
 KOHYA_PREFIX = "lora_unet_"
 KOHYA_TEXT_ENCODER_PREFIX = "lora_te_"
 
@@ -137,14 +138,17 @@ class ModuleTable:
 
     @cached_property
     def by_kohya(self) -> dict[str, ModuleName]:
+        """By the flat name that sd-scripts, ComfyUI and Forge use."""
         return {name.kohya: name for name in self._modules}
 
     @cached_property
     def by_native(self) -> dict[str, ModuleName]:
+        """By the name in the original checkpoint."""
         return {name.native: name for name in self._modules}
 
     @cached_property
     def by_diffusers(self) -> dict[str, ModuleName]:
+        """By component and path."""
         return {name.diffusers: name for name in self._modules}
 
     @cached_property

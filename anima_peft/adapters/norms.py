@@ -54,6 +54,7 @@ class _AddNormDelta(torch.autograd.Function):
     def forward(
         ctx: Any, result: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
+        """`result` (..., D), written to in place; x (..., D), delta and weight (D,)."""
         normalized, _ = _normalize(x, eps)
         result += normalized.mul_(delta)  # rounded once, to the dtype of the result
         ctx.save_for_backward(x, delta, weight)
@@ -64,6 +65,7 @@ class _AddNormDelta(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of x and delta, each in its tensor's shape and dtype; what else went in is frozen."""
         x, delta, weight = ctx.saved_tensors
         normalized, inverse = _normalize(x, ctx.eps)
         gradient = gradient.to(normalized.dtype)

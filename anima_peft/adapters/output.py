@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +12,14 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from .._version import __version__
 from ..errors import InputError
 from ..files import require_writable
-from ..streaming import TensorSpool
 from .factors import Factors, converted
 from .metadata import describe, with_hashes_of
 from .naming import ModuleName
+from .streaming import TensorSpool
 from .writing import Format, serialize
+
+Bar = Callable[[Iterable[ModuleName]], Iterable[ModuleName]]
+"""Shows how far a loop over modules is."""
 
 ORIGIN_KEY = "anima_peft.origin"
 """Metadata key under which a file says what made it, from which files."""

@@ -20,10 +20,9 @@ from ..models.names import CONDITIONER_PREFIX, native_to_diffusers
 from ..texts import cut, escaped
 from .factors import Factors, LoraFactors, Weights
 from .file_config import PEFT_CONFIG_NAME, read_config
-from .naming import KOHYA_PREFIX, KOHYA_TEXT_ENCODER_PREFIX, ModuleName, ModuleTable
+from .naming import COMFY_PREFIX, KOHYA_PREFIX, KOHYA_TEXT_ENCODER_PREFIX, ModuleName, ModuleTable
 from .roles import ABSOLUTE, ABSOLUTE_BIAS, ALPHA, build_factors, split_key
 
-_COMFY_PREFIX = "diffusion_model."
 _LYCORIS_PREFIX = "lycoris_"
 _PEFT_PREFIX = "base_model.model."
 _NOT_SUPPORTED = [
@@ -46,7 +45,7 @@ _NOT_SUPPORTED = [
         r"^lora_te\d_": "another model's text encoder",
     }.items()
 ]
-_MAX_SHOWN = 10
+_MOST_FAULTS = 10
 _LONGEST_NAME = 400
 _NATIVE_ROOTS = {name.partition(".")[0] for name in (*native_to_diffusers(1), CONDITIONER_PREFIX)}
 
@@ -68,9 +67,7 @@ class AdapterFile:
     peft_config: Mapping[str, Any] | None = None
 
 
-def parse(  # long by its faults, which are all told together
-    file: AdapterFile, table: ModuleTable
-) -> dict[ModuleName, Factors]:
+def parse(file: AdapterFile, table: ModuleTable) -> dict[ModuleName, Factors]:
     """Understand every key of an adapter file.
 
     Accepted names: kohya (`lora_unet_blocks_0_…`, `lora_te_…`), LyCORIS (`lycoris_…`), native after
@@ -91,25 +88,7 @@ def parse(  # long by its faults, which are all told together
         InputError: unknown, missing, doubled or misshapen keys, or nothing at all; the message lists them.
     """
     config = read_config(file.metadata, file.peft_config, file.source)
-    parts: dict[ModuleName, dict[str, torch.Tensor]] = {}
-    stems: dict[ModuleName, str] = {}
-    faults: list[str] = []
-    unknown: list[str] = []
-    for key, tensor in file.tensors.items():
-        stem, role = split_key(key)
-        name = _find(stem, table) if role else None
-        if name is None or role is None:
-            unknown.append(key)
-        elif name not in table.adaptable:
-            faults.append(f"{_shown(key)}: {name.native} is neither a linear layer nor a norm, so it cannot be adapted")
-        elif role in parts.setdefault(name, {}):
-            faults.append(f"{_shown(key)}: a second `{role}` for {name.native}, under another style's name")
-        elif stems.setdefault(name, stem) != stem:
-            faults.append(f"{_shown(key)}: {name.native} is named in two styles, here and as {_shown(stems[name])}")
-        elif file.peft_config is None and stem.startswith(_PEFT_PREFIX) and role != ALPHA:
-            faults.append(f"{_shown(key)}: PEFT's scale stands in {PEFT_CONFIG_NAME}; load the folder with both files")
-        else:
-            parts[name][role] = tensor
+    parts, stems, faults, unknown = _by_module(file, table)
     faults += _describe_unknown(unknown)
     weights = {}
     for name, by_role in parts.items():
@@ -132,11 +111,34 @@ def parse(  # long by its faults, which are all told together
         faults.append("no key belongs to the Anima transformer or its text conditioner")
     faults += _mixed_dora(weights)
     if faults:
-        shown = faults[:_MAX_SHOWN]
-        if len(faults) > _MAX_SHOWN:
-            shown.append(f"… and {len(faults) - _MAX_SHOWN} more")
-        raise InputError.from_faults(f"{file.source}: not loaded, nothing was changed:", shown)
+        raise InputError.from_faults(f"{file.source}: not loaded, nothing was changed:", faults, most=_MOST_FAULTS)
     return {name: weights[name] for name in (*table.linears, *table.norms) if name in weights}
+
+
+def _by_module(
+    file: AdapterFile, table: ModuleTable
+) -> tuple[dict[ModuleName, dict[str, torch.Tensor]], dict[ModuleName, str], list[str], list[str]]:
+    """The tensors of each module by their roles, the name that the file gives to each, faults, and unknown keys."""
+    parts: dict[ModuleName, dict[str, torch.Tensor]] = {}
+    stems: dict[ModuleName, str] = {}
+    faults: list[str] = []
+    unknown: list[str] = []
+    for key, tensor in file.tensors.items():
+        stem, role = split_key(key)
+        name = _find(stem, table) if role else None
+        if name is None or role is None:
+            unknown.append(key)
+        elif name not in table.adaptable:
+            faults.append(f"{_shown(key)}: {name.native} is neither a linear layer nor a norm, so it cannot be adapted")
+        elif role in parts.setdefault(name, {}):
+            faults.append(f"{_shown(key)}: a second `{role}` for {name.native}, under another style's name")
+        elif stems.setdefault(name, stem) != stem:
+            faults.append(f"{_shown(key)}: {name.native} is named in two styles, here and as {_shown(stems[name])}")
+        elif file.peft_config is None and stem.startswith(_PEFT_PREFIX) and role != ALPHA:
+            faults.append(f"{_shown(key)}: PEFT's scale stands in {PEFT_CONFIG_NAME}; load the folder with both files")
+        else:
+            parts[name][role] = tensor
+    return parts, stems, faults, unknown
 
 
 def styles(keys: Iterable[str]) -> Counter[str]:
@@ -156,7 +158,7 @@ def _style(key: str) -> str:
         return "kohya"
     if stem.startswith(("transformer.", "text_conditioner.", "text_encoder.", "transformer_blocks.")):
         return "diffusers"
-    if stem.startswith(_COMFY_PREFIX):
+    if stem.startswith(COMFY_PREFIX):
         return "comfy" if ".lora_A." in key or ".lora_B." in key else "comfy-hybrid"
     if stem.startswith(tuple(filter(None, PREFIXES))) or stem.partition(".")[0] in _NATIVE_ROOTS:
         return "original"
@@ -179,7 +181,7 @@ def _find(stem: str, table: ModuleTable) -> ModuleName | None:
         return table.by_kohya.get(stem)
     if stem in table.by_diffusers:
         return table.by_diffusers[stem]
-    for prefix in (_COMFY_PREFIX, *PREFIXES):
+    for prefix in (COMFY_PREFIX, *PREFIXES):
         if stem.startswith(prefix) and (name := table.by_native.get(stem.removeprefix(prefix))):
             return name
     return table.by_path.get(stem)

@@ -11,10 +11,9 @@ import torch
 from ..errors import InputError
 from .factors import Factors, LoKrFactors, LoraFactors, NormDelta, converted, describe_factors, scaled_factor, summary
 from .low_rank import Keep, has_weight, lora_of, spectrum_of, spectrum_of_matrix, spectrum_of_pair
-from .merging import Bar
 from .naming import ModuleName, ModuleTable
 from .nominal import nominal_table
-from .output import origin, require_new_file, still_true, write_modules
+from .output import Bar, origin, require_new_file, still_true, write_modules
 from .reading import parse
 from .sources import locate_adapter, read_adapter_file
 from .writing import Format
@@ -99,6 +98,7 @@ def resize(
     report: list[Kept] = []
 
     def modules() -> Iterator[tuple[ModuleName, Factors]]:
+        """One factor set after the other, made when it is asked for."""
         for name in bar(weights):
             resized, kept, whole = resize_module(weights[name], keep)
             if whole:

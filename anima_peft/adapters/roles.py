@@ -49,7 +49,6 @@ _KINDS = {
     "a full difference": frozenset((_DIFFERENCE,)),
 }
 _NORM_ROLES = frozenset((_NORM, _NORM_BIAS, ABSOLUTE, ABSOLUTE_BIAS))
-# PEFT puts an adapter's name between a parameter's name and what follows, and takes it away again when it saves.
 _MOST_ENTRIES = 2**27
 """Of a weight whose size is not known: small factors can declare one that no memory holds. Anima's have up to 2**24."""
 _PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
@@ -57,6 +56,7 @@ _PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
 _MOST_AXES = 4
 """A linear's factors stored as those of a 1x1 convolution; torch itself goes up to 64."""
 _LARGEST = torch.finfo(torch.float32).max
+# PEFT puts an adapter's name between a parameter's name and what follows, and takes it away again when it saves.
 _PEFT_INFIX = re.compile(
     r"\.(lora_A|lora_B|lora_magnitude_vector|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])\.default(?=\.|$)"
 )

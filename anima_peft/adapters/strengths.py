@@ -134,6 +134,7 @@ class _Strengths:
             self._places[full] = _number(value)
 
     def at(self, component: str, path: str) -> float:
+        """The number for the layer at `path`: that of the longest place it lies in."""
         full = f"{component}.{path}."
         matching = [place for place in self._places if full.startswith(place + ".")]
         return self._places[max(matching, key=len)] if matching else self._default
@@ -271,8 +272,8 @@ def _require_writable(components: Components, names: Sequence[str]) -> None:
             )
 
 
-def bake(components: Components, name: str, strength: float) -> None:
-    """Fuse an adapter and take its layers off, so that the weights cannot be had back.
+def merge_and_unload(components: Components, name: str, strength: float) -> None:
+    """Fuse one adapter and take all layers off, so that the weights cannot be had back.
 
     Raises:
         InputError: as `fuse`.

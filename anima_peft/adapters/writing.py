@@ -9,15 +9,13 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from .factors import Factors, FullDelta, LoHaFactors, LoKrFactors, LoraFactors, NormDelta, Weights, rescaled
-from .injection import lora_file_config
-from .naming import TEXT_ENCODER, ModuleName
+from .naming import COMFY_PREFIX, TEXT_ENCODER, ModuleName
+from .planning import lora_file_config
 
 Format = Literal["kohya", "comfy", "diffusers", "comfy-hybrid", "original"]
 FORMATS: tuple[Format, ...] = ("kohya", "comfy", "diffusers", "comfy-hybrid", "original")
 FOLDING: tuple[Format, ...] = ("comfy", "diffusers")
 """Styles without `.alpha`: the scale goes into one of the factors."""
-
-_COMFY_PREFIX = "diffusion_model."
 
 
 def serialize(
@@ -53,7 +51,7 @@ def _stem(name: ModuleName, style: Format) -> str:
     # ComfyUI has no names of its own for a text encoder's adapter and reads kohya's.
     if style == "kohya" or name.component == TEXT_ENCODER:
         return name.kohya
-    return name.native if style == "original" else _COMFY_PREFIX + name.native
+    return name.native if style == "original" else COMFY_PREFIX + name.native
 
 
 def _parts(factors: Factors, style: Format) -> dict[str, torch.Tensor]:

@@ -77,6 +77,33 @@ def count_numbers(keys: Iterable[str], prefix: str, path: str | os.PathLike[str]
     return count
 
 
+class Sizes:
+    """A model's sizes out of its weights' shapes; what is not as expected names the file and the key.
+
+    Args:
+        shapes: key -> shape.
+        path: the file, for messages.
+        prefix: what stands before the keys in the file.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str], prefix: str = ""):
+        self._shapes, self._path, self._prefix = shapes, path, prefix
+
+    def __call__(self, key: str, dim: int, rank: int = 2) -> int:
+        """The length of one axis of a weight that has `rank` of them.
+
+        Raises:
+            InputError: there is no such weight, or it has other axes, or one of length zero.
+        """
+        key = self._prefix + key
+        shape = self._shapes.get(key)
+        if shape is None:
+            raise InputError(f"{self._path}: missing key `{key}`; the file is incomplete or of another model.")
+        if len(shape) != rank or 0 in shape:
+            raise InputError(f"{self._path}: `{key}` has shape {list(shape)}, expected {rank} dimensions above zero.")
+        return shape[dim]
+
+
 def build_empty(build: Callable[[], Module]) -> Module:
     """Build a module whose parameters lie on the meta device: no memory, no random numbers.
 
@@ -178,6 +205,7 @@ def guess_content(shapes: Iterable[str]) -> str:
     keys = list(shapes)
 
     def any_key(*parts: str) -> bool:
+        """Whether some key has one of the parts in it."""
         return any(part in key for key in keys for part in parts)
 
     if any_key("lora_down", "lora_A", "lora_up", "lokr_w", "hada_w"):

@@ -12,7 +12,16 @@ import torch
 from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
 from ..errors import InputError
-from .checkpoints import Checkpoint, build_empty, count_numbers, guess_content, load_weights, read_header, require_fit
+from .checkpoints import (
+    Checkpoint,
+    Sizes,
+    build_empty,
+    count_numbers,
+    guess_content,
+    load_weights,
+    read_header,
+    require_fit,
+)
 from .compat import ensure_cosmos_without_torchvision
 from .names import CONDITIONER_PREFIX, native_to_diffusers
 from .precision import set_qk_norm_eps
@@ -129,24 +138,9 @@ def _prefix_of(checkpoint: Checkpoint) -> str:
     )
 
 
-class _Shapes:
-    """Shapes by key, with an error that names the file instead of a KeyError."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]):
-        self.shapes, self.path = shapes, path
-
-    def __call__(self, key: str, dim: int, rank: int = 2) -> int:
-        shape = self.shapes.get(key)
-        if shape is None:
-            raise InputError(f"{self.path}: missing key `{key}`; the file is incomplete or no Anima checkpoint.")
-        if len(shape) != rank or 0 in shape:
-            raise InputError(f"{self.path}: `{key}` has shape {list(shape)}, expected {rank} dimensions above zero.")
-        return shape[dim]
-
-
 def dit_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]) -> dict[str, Any]:
     """`CosmosTransformer3DModel`'s arguments for native keys and shapes (without prefix)."""
-    size = _Shapes(shapes, path)
+    size = Sizes(shapes, path)
     hidden = size(_ANCHOR, 0)
     head_dim = size("blocks.0.self_attn.q_norm.weight", 0, rank=1)
     if hidden % head_dim or head_dim < 12:  # below 12, the rotary split of the head leaves no frequencies
@@ -165,7 +159,7 @@ def dit_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]) 
 
 def conditioner_sizes(shapes: dict[str, tuple[int, ...]], path: str | os.PathLike[str]) -> dict[str, Any]:
     """`AnimaTextConditioner`'s arguments for its keys and shapes (without `llm_adapter.`)."""
-    size = _Shapes(shapes, path)
+    size = Sizes(shapes, path)
     model_dim = size("blocks.0.cross_attn.q_proj.weight", 1)
     inner_dim = size("blocks.0.cross_attn.q_proj.weight", 0)
     head_dim = size("blocks.0.cross_attn.q_norm.weight", 0, rank=1)

@@ -11,7 +11,16 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from transformers import Qwen3Config, Qwen3Model
 
 from ..errors import InputError
-from .checkpoints import Checkpoint, build_empty, count_numbers, guess_content, load_weights, read_header, require_fit
+from .checkpoints import (
+    Checkpoint,
+    Sizes,
+    build_empty,
+    count_numbers,
+    guess_content,
+    load_weights,
+    read_header,
+    require_fit,
+)
 from .folders import cannot_load, check_part, load_part
 from .part_configs import CONFIG_ERRORS
 
@@ -25,7 +34,6 @@ _QWEN_CONSTANTS: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _LATENT_CHANNELS = 16
-
 
 Fitted = tuple[Any, Checkpoint, dict[str, str]]
 """An empty model, the header of the file that fits it, and the model's names -> the file's keys."""
@@ -47,13 +55,12 @@ def load_text_encoder(path: str | Path, torch_dtype: torch.dtype | None = None) 
     path = Path(path)
     if path.is_dir():
         check_part(path, "text_encoder")
-        folder = path
         try:
             encoder = Qwen3Model.from_pretrained(
-                folder, dtype=torch_dtype or "auto", use_safetensors=True, local_files_only=True
+                path, dtype=torch_dtype or "auto", use_safetensors=True, local_files_only=True
             )
         except CONFIG_ERRORS as error:
-            raise cannot_load(folder, error) from error
+            raise cannot_load(path, error) from error
         return encoder.requires_grad_(False).eval()
     return _load(_fit_text_encoder(path), torch_dtype)
 
@@ -142,14 +149,9 @@ def _fit_vae(path: Path) -> Fitted:
 
 
 def _qwen_config(checkpoint: Checkpoint, prefix: str) -> Qwen3Config:
-    def size(key: str, dim: int) -> int:
-        shape = checkpoint.shapes.get(prefix + key)
-        if shape is None or dim >= len(shape) or 0 in shape:
-            raise InputError(f"{checkpoint.path}: `{prefix + key}` is missing or malformed; the file is incomplete.")
-        return shape[dim]
-
+    size = Sizes(checkpoint.shapes, checkpoint.path, prefix)
     layers = count_numbers(checkpoint.with_prefix(prefix), "layers.", checkpoint.path)
-    head_dim = size("layers.0.self_attn.q_norm.weight", 0)
+    head_dim = size("layers.0.self_attn.q_norm.weight", 0, rank=1)
     return Qwen3Config(
         **_QWEN_CONSTANTS,
         vocab_size=size("embed_tokens.weight", 0),

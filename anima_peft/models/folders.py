@@ -86,7 +86,7 @@ def check_folder(folder: Path, parts: Collection[str], variant: str | None = Non
     """Refuse a folder before anything is loaded from it unless the `parts` are there and their weights fit.
 
     diffusers and transformers only warn of missing or unexpected weights, and then draw with random ones. Only the
-    headers of the weight files are read. A part whose weights were saved quantised is left to its quantiser, which
+    headers of the weight files are read. A part whose weights were saved quantized is left to its quantizer, which
     has its own keys.
 
     Args:
@@ -162,7 +162,7 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
     for file in files:
         stored |= read_header(file).shapes
     require_plausible(config, len(stored), folder)
-    if _is_quantised(config, stock, folder):
+    if _is_quantized(config, stock, folder):
         return
 
     if stock is Qwen3Model:
@@ -186,8 +186,8 @@ def check_part(folder: Path, part: str, variant: str | None = None) -> None:
         require_statistics(model.config, folder)
 
 
-def _is_quantised(config: Mapping[str, Any], stock: Any, folder: Path) -> bool:
-    """Whether the part's library will have its quantiser load the weights."""
+def _is_quantized(config: Mapping[str, Any], stock: Any, folder: Path) -> bool:
+    """Whether the part's library will have its quantizer load the weights."""
     if "quantization_config" not in config or stock is not Qwen3Model:
         return "quantization_config" in config  # diffusers refuses a method that it does not know
     try:

@@ -7,8 +7,10 @@ import os
 import re
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: that of httpx or its successor
 
+HUGGING_FACE_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: hf_xet's
+"""What Hugging Face's library is known to raise where a hub does not serve."""
 _LONGEST_CAUSE = 400  # characters of a library's message
 _PASSWORD = re.compile(r"(https?://)[^/@\s]+@")  # of a mirror, in its address
 

@@ -12,12 +12,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HTTPError  # that of httpx or its successor
 
 from ..errors import InputError
-from .downloads import NotFetchedError, is_listed, quiet
 from .folders import FILE_TYPES, INDEXES, PARTS
-from .hub_errors import cause
+from .hub_access import NotFetchedError, fetch_listed, is_listed, list_repo, quiet
+from .hub_errors import HUGGING_FACE_ERRORS, cause
 from .hub_folders import Hub, HubFolder
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,6 @@ DIFFUSERS_REPO = "circlestone-labs/Anima-Base-v1.0-Diffusers"
 
 _STAGING = ".anima_download"
 """Folder in the target's, in which files grow. It stays after a failure, so that the next attempt goes on."""
-_TIMEOUT = 10.0  # seconds for a hub's first answer
 
 Choice = Callable[[Collection[str]], Mapping[str, str]]
 """Paths in a repo -> those that are wanted, each with its path in the folder."""
@@ -60,6 +58,7 @@ def single_files(checkpoint: str = CHECKPOINT) -> Choice:
     }
 
     def choose(paths: Collection[str]) -> Mapping[str, str]:
+        """All three, or NotFetchedError."""
         missing = [path for path in wanted if path not in paths]
         if missing:
             there = sorted(path.rpartition("/")[2] for path in paths if fnmatchcase(path, "*/diffusion_models/*"))
@@ -116,22 +115,18 @@ def fetch_files(folder: Path, sources: Sequence[HubFolder], choose: Choice) -> F
 def _from_hugging_face(source: HubFolder, folder: Path, choose: Choice) -> Fetched:
     api = HfApi()
     try:
-        repo = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=_TIMEOUT)
-    except (HTTPError, OSError, ValueError) as error:
+        revision, listing = list_repo(api, source)
+    except HUGGING_FACE_ERRORS as error:
         raise NotFetchedError(cause(error)) from error
-    listing = {sibling.rfilename: sibling for sibling in repo.siblings or []}
     wanted = _checked(choose(listing))
     missing, there = _split(folder, wanted, lambda path, file: is_listed(file, listing[path]))
     _require_room(folder, sum(listing[path].size or 0 for path in missing))
     written = []
     for path, name in missing.items():
         try:
-            file = Path(api.hf_hub_download(source.repo_id, path, revision=repo.sha, local_dir=folder / _STAGING))
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
+            file = fetch_listed(api, source, revision, listing[path], folder / _STAGING)
+        except HUGGING_FACE_ERRORS as error:
             raise _no_room(error) or NotFetchedError(cause(error)) from error
-        if not is_listed(file, listing[path]):
-            file.unlink()  # or the next attempt would take it for complete
-            raise NotFetchedError(f"what came for {path} is not the file of the repo's listing (hashes differ)")
         written.append(_move_in(file, folder / name))
     return Fetched(tuple(written), there)
 
@@ -160,7 +155,7 @@ def _from_modelscope(source: HubFolder, folder: Path, choose: Choice) -> Fetched
                     local_dir=str(staging),
                     allow_patterns=[glob.escape(path) for path in missing],
                 )
-        except Exception as error:
+        except Exception as error:  # as above
             raise _no_room(error) or NotFetchedError(cause(error)) from error
     lost = [path for path in missing if not (staging / path).is_file()]
     if lost:

@@ -53,21 +53,25 @@ def enable_fp32_residual(transformer: Any) -> None:
     transformer._fp32_residual = True
 
     def compute_dtype() -> torch.dtype:
+        """The weights', asked for at every call: the model may be moved to another."""
         return transformer.proj_out.weight.dtype
 
     def to_fp32(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+        """The patches, with which the stream begins."""
         return output.float()
 
     def time_in_compute_dtype(_: torch.nn.Module, args: tuple) -> tuple:
-        # The embedding takes only its dtype from the hidden states.
+        """The embedding takes only its dtype from the hidden states."""
         hidden_states, timestep = args
         return hidden_states[:0].to(compute_dtype()), timestep
 
     def narrow_with_wide_gate(_: torch.nn.Module, __: tuple, output: tuple) -> tuple:
+        """What a layer reads, and the factor of what it adds to the stream."""
         hidden_states, gate = output
         return hidden_states.to(compute_dtype()), gate.float()
 
     def narrow(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+        """The stream's end, for the last projection."""
         return output.to(compute_dtype())
 
     transformer.patch_embed.register_forward_hook(to_fp32)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .downloads import complete_tokenizer, default_folder
 from .folders import PARTS, fetch_folder
 from .hub_folders import REPO_ID, HubFolder
+from .tokenizer_downloads import complete_tokenizer, default_folder
 from .tokenizers import QWEN, T5, TokenizerKind
 
 
@@ -81,7 +81,7 @@ def resolve_sources(
         qwen_tokenizer_dir: folder.
         t5_tokenizer_dir: folder.
         qwen_tokenizer_sources: where Qwen's tokenizer is fetched from if its folder is missing or incomplete, or if it
-            is needed and no folder is given (see `downloads.default_folder`); empty fetches nothing.
+            is needed and no folder is given (see `tokenizer_downloads.default_folder`); empty fetches nothing.
         t5_tokenizer_sources: the same for the T5 tokenizer.
 
     Raises:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError: that of httpx or its successor
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..errors import InputError, TrainingError
-from ..models.downloads import quiet
-from ..models.hub_errors import cause
+from ..models.hub_access import quiet
+from ..models.hub_errors import HUGGING_FACE_ERRORS, cause
 from ..models.hub_folders import Hub
 
 _MESSAGE = "Upload by anima_peft"
@@ -100,9 +100,9 @@ def _to_hugging_face(folder: Path, repo_id: str, private: bool, license: str, co
             api.create_repo(repo_id, private=private)
             created = True
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=_MESSAGE)
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except HUGGING_FACE_ERRORS as error:
         raise _RefusedError(cause(error)) from error
     return Pushed(f"{api.endpoint}/{repo_id}", created)
 

@@ -31,10 +31,7 @@ from tests.adapters.adapting import (
 )
 from tests.adapters.commanding import adapter_file, checkpoint, contents, metadata_of, origin_of, run, tensor_file
 
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("unflushed")
 
 
 def explicitly(
@@ -132,7 +129,7 @@ def faults() -> dict[str, tuple[list[str], str]]:
         "an adapter": (["{one}", "--into", "{one}"], "it looks like an adapter"),
         "no conditioner": (["{one}", "--into", "{tmp}/bare.safetensors"], "no `llm_adapter.*` weights"),
         "lying header": (["{one}", "--into", "{tmp}/lying.safetensors"], "not a readable safetensors file"),
-        "quantised": (["{one}", "--into", "{tmp}/quantised.safetensors"], "are quantised, such as net.blocks.0"),
+        "quantized": (["{one}", "--into", "{tmp}/quantized.safetensors"], "are quantized, such as net.blocks.0"),
         "another size": (["{tmp}/wide.safetensors", "--into", "{base}"], "factors for a"),
         "a module too many": (["{tmp}/far.safetensors", "--into", "{base}"], "names no known module"),
         "text encoder": (["{tmp}/text.safetensors", "--into", "{base}"], "the text encoder's part"),
@@ -158,7 +155,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({k: t for k, t in tensors.items() if "llm_adapter" not in k}, folder / "bare.safetensors")
     (folder / "lying.safetensors").write_bytes(base.read_bytes()[:-100])
     fp8: dict[str, Any] = {k: t.to(torch.float8_e4m3fn) if "q_proj" in k else t for k, t in tensors.items()}
-    save_file(fp8, folder / "quantised.safetensors")
+    save_file(fp8, folder / "quantized.safetensors")
     stem = kohya_stem(TO_Q)
     wide = {f"{stem}.lora_down.weight": torch.ones(2, 7), f"{stem}.lora_up.weight": torch.ones(64, 2)}
     save_file(wide, folder / "wide.safetensors")
@@ -190,7 +187,7 @@ def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
     """1.5 GB of checkpoint, in a process that may grow by a tenth of it."""
     code = """
 import resource, sys, torch
-from anima_peft.streaming import TensorFile, rewrite
+from anima_peft.adapters.streaming import TensorFile, rewrite
 from pathlib import Path
 scale = 1 if sys.platform == "darwin" else 1024
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

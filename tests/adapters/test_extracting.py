@@ -30,12 +30,9 @@ from tests.adapters.adapting import (
 from tests.adapters.commanding import assert_same_deltas, checkpoint, contents, deltas, origin_of, parsed, run
 from tests.components import tiny_conditioner, tiny_transformer
 
+pytestmark = pytest.mark.usefixtures("unflushed")
+
 LORA = Extraction("lora", Keep(rank=64))
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +172,8 @@ FAULTS = {
     "an adapter": (["--tuned", "{tmp}/adapter.safetensors", "--rank", "1"], "looks like an adapter"),
     "lying header": (["--tuned", "{tmp}/lying.safetensors", "--rank", "1"], "not a readable safetensors"),
     "not finite": (["--tuned", "{tmp}/nan.safetensors", "--rank", "1"], "values that are not finite"),
-    "quantised": (["--tuned", "{tmp}/fp8.safetensors", "--rank", "1"], "is quantised"),
-    "integers": (["--tuned", "{tmp}/int8.safetensors", "--rank", "1"], "expected floating point"),
+    "quantized": (["--tuned", "{tmp}/fp8.safetensors", "--rank", "1"], "(F8_E4M3), and too coarse"),
+    "integers": (["--tuned", "{tmp}/int8.safetensors", "--rank", "1"], "(I8), and too coarse"),
     "another size": (["--tuned", "{tmp}/large.safetensors", "--rank", "1"], "models of different sizes"),
     "output is input": (["--tuned", "{tuned}", "--rank", "1", "--output", "{base}", "--overwrite"], "is an input"),
 }
@@ -211,3 +208,10 @@ def test_faults(fault: str, base: Path, faulty: Path, tmp_path: Path, capsys: py
     assert message in capsys.readouterr().err
     assert (contents(faulty), contents(base.parent)) == before
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a graphics card")
+def test_a_device_that_is_not_there_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--base", tmp_path / "a.safetensors", "--tuned", tmp_path / "b.safetensors"]
+    assert run("extract", *files, "--output", tmp_path / "out.safetensors", "--rank", "1", "--device", "cuda") == 2
+    assert "--device cuda: cannot be used here" in capsys.readouterr().err

@@ -21,7 +21,6 @@ from tests.adapters.adapting import (
     random_factors,
     table,
     tensors_by_key,
-    tiny_model,
 )
 from tests.adapters.commanding import (
     adapter_file,
@@ -36,18 +35,9 @@ from tests.adapters.commanding import (
     tensor_file,
 )
 
+pytestmark = pytest.mark.usefixtures("unflushed")
+
 ADDABLE = [kind for kind in KINDS_OF_FACTORS if kind != "DoRA"]
-
-
-@pytest.fixture(scope="module")
-def model() -> AnimaTransformerModel:
-    """For its names and sizes; never changed."""
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +274,7 @@ def test_nothing_is_left_when_a_sum_cannot_be_finished(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("anima_peft.streaming.TensorSpool.add", full)
+    monkeypatch.setattr("anima_peft.adapters.streaming.TensorSpool.add", full)
     assert run("merge", file, "--output", tmp_path / "sum.safetensors") == 1
     assert contents(tmp_path) == before
 

@@ -12,11 +12,11 @@ import pytest
 import toml
 
 from anima_peft.cli import DONE, FAULTY_INPUT, report_faults
+from anima_peft.commands.migrate import migrate_file
 from anima_peft.config import load
 from anima_peft.config.migration import Migration, is_root_style, migrate
 from anima_peft.config.reading import Faults
 from anima_peft.errors import InputError
-from anima_peft.migrate_command import migrate_file
 
 from .root_style import NEWER, OLDER, PLACES
 

@@ -157,11 +157,11 @@ QWEN_FAULTS: dict[str, tuple[Change, str]] = {
     "missing": (lambda t: t.pop("model.norm.weight"), r"1 missing: model\.norm\.weight"),
     "missing, and sizes are read from it": (
         lambda t: t.pop("model.layers.0.self_attn.q_norm.weight"),
-        r"`model\.layers\.0\.self_attn\.q_norm\.weight` is missing",
+        r"missing key `model\.layers\.0\.self_attn\.q_norm\.weight`",
     ),
     "a layer is missing": (
         lambda t: [t.pop(key) for key in list(t) if "layers.0." in key],
-        r"model\.layers\.0\..* is missing",
+        r"missing key `model\.layers\.0\.",
     ),
     "unexpected": (
         lambda t: t.update({"model.layers.0.extra": torch.zeros(1)}),
@@ -176,10 +176,13 @@ QWEN_FAULTS: dict[str, tuple[Change, str]] = {
         lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 4)}),
         r"wrong shape: model\.layers\.1\.mlp\.up_proj\.weight is \[3, 4\], expected \[40, 24\]",
     ),
-    "no dimensions": (lambda t: t.update({"model.embed_tokens.weight": torch.zeros(())}), r"embed_tokens.* malformed"),
+    "no dimensions": (
+        lambda t: t.update({"model.embed_tokens.weight": torch.zeros(())}),
+        r"embed_tokens.*expected 2 dimensions",
+    ),
     "empty": (
         lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.zeros(0)}),
-        r"q_norm.* malformed",
+        r"q_norm.*expected 1 dimensions",
     ),
     "integers": (
         lambda t: t.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}),

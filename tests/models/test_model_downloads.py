@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from anima_peft.models import downloads, model_downloads
+from anima_peft.models import model_downloads, tokenizer_downloads
 from anima_peft.models.folders import PARTS
 from tests.adapters.commanding import contents, run
 from tests.hub_server import HubServer, alone, hub_server
@@ -29,7 +29,7 @@ def hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]
     """Both hubs with ComfyUI's files."""
     alone(monkeypatch, tmp_path / "libraries")
     with hub_server({"hf": dict(SINGLE), "ms": dict(SINGLE)}) as server:
-        for module in (downloads, model_downloads):
+        for module in (tokenizer_downloads, model_downloads):
             monkeypatch.setattr(module, "HfApi", functools.partial(HfApi, endpoint=server.url))
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
         yield server

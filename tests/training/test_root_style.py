@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anima_peft.commands.migrate import migrate_file
 from anima_peft.config import load
-from anima_peft.migrate_command import migrate_file
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.models.encoders import load_text_encoder
 from anima_peft.training.run import train

@@ -7,27 +7,19 @@ import glob
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HTTPError  # HTTPError: that of httpx or its successor
-from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..errors import InputError
 from ..limited import parse_json
-from .hub_errors import cause
+from .hub_access import NotFetchedError, fetch_listed, list_repo, quiet
+from .hub_errors import HUGGING_FACE_ERRORS, cause
 from .hub_folders import REPO_ID, Hub, HubFolder, parse_hub_folder
 from .tokenizers import TokenizerKind, load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-_TIMEOUT = 10.0  # seconds for a hub's first answer; where it is blocked, the other hub is not long in coming
-
-
-class NotFetchedError(Exception):
-    """Why a hub does not serve; kept for the final report."""
 
 
 def default_folder(kind: TokenizerKind, source: HubFolder) -> Path:
@@ -114,19 +106,11 @@ def _from_hugging_face(kind: TokenizerKind, source: HubFolder, folder: Path) -> 
     wanted = {str(PurePosixPath(source.subfolder, name)): name for name in kind.files}
     try:
         api = HfApi()
-        # The one request without retries comes first, so that a hub out of reach is known after one time-out.
-        repo = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=_TIMEOUT)
-        listing = {sibling.rfilename: sibling for sibling in repo.siblings or []}
+        revision, listing = list_repo(api, source)
         there = [path for path in wanted if path in listing]
         _require_enough(kind, source, [wanted[path] for path in there], listing)
-        fetched = {}
-        for path in there:
-            file = Path(api.hf_hub_download(source.repo_id, path, revision=repo.sha, local_dir=folder))
-            if not is_listed(file, listing[path]):
-                raise NotFetchedError(f"what came for {path} is not the file of the repo's listing (hashes differ)")
-            fetched[wanted[path]] = file
-        return fetched
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
+        return {wanted[path]: fetch_listed(api, source, revision, listing[path], folder) for path in there}
+    except HUGGING_FACE_ERRORS as error:
         raise NotFetchedError(cause(error)) from error
 
 
@@ -156,20 +140,6 @@ _FETCH: Mapping[Hub, Callable[[TokenizerKind, HubFolder, Path], Mapping[str, Pat
 }
 
 
-@contextlib.contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """Without the libraries' logs, which repeat a server's answer as it is: with the token, if the server echoes it."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
-
-
 def _require_enough(
     kind: TokenizerKind, source: HubFolder, names: Sequence[str], listing: Sequence[str] | Mapping[str, object] = ()
 ) -> None:
@@ -180,16 +150,6 @@ def _require_enough(
     hint = f"; there are some in: {', '.join(others)}" if others else ""
     where = f"folder `{source.subfolder}`" if source.subfolder else "root folder"
     raise NotFetchedError(f"the repo's {where} has no {kind.needed}{hint}")
-
-
-def is_listed(file: Path, listed: RepoSibling) -> bool:
-    """Whether a file is the one of a repo's listing: LFS files by their SHA-256, others by git's hash."""
-    if listed.size is not None and file.stat().st_size != listed.size:
-        return False
-    if listed.lfs is not None:
-        with file.open("rb") as content:
-            return bool(sha_fileobj(content).hex() == listed.lfs.sha256)
-    return listed.blob_id in (None, git_hash(file.read_bytes()))
 
 
 def _checked(kind: TokenizerKind, fetched: Mapping[str, Path], folder: Path) -> Path:

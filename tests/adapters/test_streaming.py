@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from anima_peft.adapters.metadata import with_hashes, with_hashes_of
+from anima_peft.adapters.streaming import TensorFile, TensorSpool, rewrite
 from anima_peft.errors import InputError
-from anima_peft.streaming import TensorFile, TensorSpool, rewrite
 
 TENSORS = {
     "b": torch.arange(6.0).reshape(2, 3),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from .command_parts import command_parser
-from .errors import InputError
-from .files import require_writable
-from .models.downloads import complete_tokenizer
-from .models.hub_folders import Hub, HubFolder
-from .models.model_downloads import (
+from ..errors import InputError
+from ..files import require_writable
+from ..models.hub_folders import Hub, HubFolder
+from ..models.model_downloads import (
     CHECKPOINT,
     DIFFUSERS_REPO,
     SINGLE_FILES_REPO,
@@ -19,12 +17,12 @@ from .models.model_downloads import (
     fetch_files,
     single_files,
 )
-from .models.tokenizers import QWEN, T5
+from ..models.tokenizer_downloads import complete_tokenizer
+from ..models.tokenizers import QWEN, T5
+from .parts import HUBS, command_parser
 
-_HUBS = {"huggingface": Hub.HUGGING_FACE, "modelscope": Hub.MODELSCOPE}
 
-
-def download_command(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Fetch what the flags name, and say where it is.
 
     Raises:
@@ -46,7 +44,7 @@ def download_command(argv: Sequence[str]) -> None:
         "qwen_tokenizer and t5_tokenizer (20 MB)",
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="FOLDER", help="made if missing")
-    parser.add_argument("--hub", choices=_HUBS, help="ask this hub only")
+    parser.add_argument("--hub", choices=HUBS, help="ask this hub only")
     parser.add_argument(
         "--checkpoint",
         metavar="NAME",
@@ -58,7 +56,7 @@ def download_command(argv: Sequence[str]) -> None:
     checkpoint = arguments.checkpoint or CHECKPOINT
     if PurePath(checkpoint).name != checkpoint or not checkpoint.endswith(".safetensors"):
         raise InputError(f"--checkpoint {checkpoint}: expected the name of a .safetensors file.")
-    hubs = [_HUBS[arguments.hub]] if arguments.hub else list(Hub)
+    hubs = [HUBS[arguments.hub]] if arguments.hub else list(Hub)
     folder: Path = arguments.output_dir.expanduser()
     require_writable("--output_dir", folder)
     if "tokenizers" in arguments.what:

@@ -15,10 +15,10 @@ from huggingface_hub import HfApi
 
 from anima_peft.errors import InputError
 from anima_peft.miniature import MiniatureFiles
-from anima_peft.models import downloads
-from anima_peft.models.downloads import complete_tokenizer, default_folder, locate_tokenizer
+from anima_peft.models import hub_access, tokenizer_downloads
 from anima_peft.models.hub_folders import download_order, parse_hub_folder
 from anima_peft.models.sources import resolve_sources
+from anima_peft.models.tokenizer_downloads import complete_tokenizer, default_folder, locate_tokenizer
 from anima_peft.models.tokenizers import QWEN, T5, load_qwen_tokenizer, load_t5_tokenizer
 from tests.hub_server import HTML, HubServer, alone, hub_server
 
@@ -33,9 +33,9 @@ def hubs(miniature: MiniatureFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files |= {"model.safetensors": b"large", "../tokenizer.json": b"{}", "tokenizer/../../config.json": b"{}"}
     alone(monkeypatch, tmp_path, timeout=0.3)  # hubs that do not answer are not waited for
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr(downloads, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(hub_access, "_TIMEOUT", 0.3)
     with hub_server({"hf": dict(files), "ms": dict(files)}) as server:
-        monkeypatch.setattr(downloads, "HfApi", functools.partial(HfApi, endpoint=server.url))
+        monkeypatch.setattr(tokenizer_downloads, "HfApi", functools.partial(HfApi, endpoint=server.url))
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
         yield server
 
@@ -63,7 +63,7 @@ def test_hugging_face_comes_first(
     assert all(content == hubs.files["hf"][f"tokenizer/{name}"] for name, content in content_of(folder).items())
     assert len(load_t5_tokenizer(folder)) > 50
     assert asked_of(hubs) == {"hf"}
-    (line,) = [record.message for record in caplog.records if record.name == downloads.__name__]
+    (line,) = [record.message for record in caplog.records if record.name == tokenizer_downloads.__name__]
     page = "https://huggingface.co/nvidia/Cosmos-Predict2-2B-Text2Image/tree/main/tokenizer"
     assert line == f"Fetching the T5 tokenizer from Hugging Face ({page}) into {folder}"
 
@@ -94,7 +94,7 @@ def test_modelscope_takes_over_where_hugging_face_fails(
     complete_tokenizer(T5, tmp_path / "t5", T5.sources)
     assert sorted(content_of(tmp_path / "t5")) == T5_FILES
     assert asked_of(hubs) == {"hf", "ms"}
-    own = [record.message for record in caplog.records if record.name == downloads.__name__]
+    own = [record.message for record in caplog.records if record.name == tokenizer_downloads.__name__]
     assert [line.split()[0] for line in own] == ["Fetching", "Hugging", "Fetching"]
     assert "secret" not in caplog.text
 

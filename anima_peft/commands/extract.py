@@ -6,22 +6,23 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .adapters.extracting import METHODS, Extraction, extract
-from .adapters.targets import ALL_LINEAR, PRESETS
-from .command_parts import (
+from ..adapters.extracting import METHODS, Extraction, extract
+from ..adapters.targets import ALL_LINEAR, PRESETS
+from ..errors import InputError
+from .parts import (
     DTYPES,
     add_file_options,
     add_keep_options,
     command_parser,
+    device_of,
     keep_of,
     modules_bar,
     positive,
     print_approximation,
 )
-from .errors import InputError
 
 
-def extract_command(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Extract as the flags say, and say what was kept.
 
     Raises:
@@ -34,6 +35,7 @@ def extract_command(argv: Sequence[str]) -> None:
         raise InputError("extract: a LoRA needs --rank, --energy, or both.")
     if arguments.method == "lora" and arguments.factor is not None:
         raise InputError("extract: --factor has no effect on a LoRA; it is LoKr's.")
+    device = device_of(arguments.device)
     how = Extraction(
         arguments.method,
         keep,
@@ -41,7 +43,7 @@ def extract_command(argv: Sequence[str]) -> None:
         targets=arguments.target_modules,
         whole=arguments.whole_modules,
         norms=arguments.norms,
-        device=arguments.device,
+        device=device,
     )
     done = extract(
         arguments.base.expanduser(),

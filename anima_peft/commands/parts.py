@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
-from .adapters.low_rank import Keep
-from .adapters.naming import ModuleTable
-from .adapters.resizing import Approximation
-from .adapters.writing import FORMATS
-from .errors import InputError
-from .models.dit import open_dit
-from .transformer import AnimaTransformerModel
+from ..adapters.low_rank import Keep
+from ..adapters.naming import ModuleTable
+from ..adapters.resizing import Approximation
+from ..adapters.single_file import table_of
+from ..adapters.writing import FORMATS
+from ..errors import InputError
+from ..models.dit import open_dit
+from ..models.hub_folders import Hub
+from ..terminal import progress_bar
+from ..transformer import AnimaTransformerModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODEL_HELP = "Anima single file or diffusers folder, to check the sizes against"
+HUBS = {"huggingface": Hub.HUGGING_FACE, "modelscope": Hub.MODELSCOPE}
 _MOST_SHOWN = 5
 Item = TypeVar("Item")
 
 
 def command_parser(name: str, description: str, *examples: str) -> argparse.ArgumentParser:
-    """A parser as all commands have it: no abbreviations, and examples at the end of the help."""
+    """A parser as all commands have it: no abbreviations, and examples, if there are any, at the end of the help."""
+    heading = "examples:" if len(examples) > 1 else "example:"
     return argparse.ArgumentParser(
         prog=f"anima-peft {name}",
-        description=description,
-        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
+        description=textwrap.fill(description, shutil.get_terminal_size().columns - 2),  # the formatter keeps lines
+        epilog="\n  ".join([heading, *examples]) if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -93,27 +99,43 @@ def adapter_and_strength(text: str, option: str = "") -> tuple[str, float]:
         raise InputError(f"{named}: expected FILE or FILE=STRENGTH, and {strength!r} is no number.") from None
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device of a `--device`, or the best there is.
+
+    Raises:
+        InputError: torch does not know it, or it is not to be had here.
+    """
+    if name is None:
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: cannot be used here ({error}); name another, or leave it out.") from error
+    return device
+
+
 def table_at(model: str | None) -> ModuleTable | None:
     """The modules of the model at a path or of a hub repo; of a single file the weights are not read."""
     if model is None:
         return None
     if Path(model).expanduser().is_file():
-        from .adapters.baking import table_of
-
         return table_of(open_dit(Path(model).expanduser()))
     return ModuleTable(AnimaTransformerModel.from_pretrained(model).components)
 
 
 def modules_bar(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
-    """A progress bar over modules; none where the output is no terminal."""
-    return lambda names: tqdm(list(names), desc=what, unit="module", disable=None)
+    """A progress bar over modules."""
+    return lambda names: progress_bar(list(names), desc=what, unit="module")
 
 
 def bytes_bar(what: str) -> Callable[[int], Callable[[int], object]]:
     """A progress bar over bytes, made when their number is known."""
 
     def start(total: int) -> Callable[[int], object]:
-        return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None).update
+        """The bar; returned is what takes it forward."""
+        return progress_bar(total=total, desc=what, unit="B", unit_scale=True).update
 
     return start
 

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .config import load
-from .config.checks import check_file_name
-from .config.files import read_toml
-from .config.loading import take_out_what_has_no_effect
-from .config.migration import is_root_style, migrate
-from .config.reading import Faults
-from .config.resolved import toml_document, toml_value
-from .errors import InputError
-from .files import write_atomically
-from .texts import escaped
+from ..config import load
+from ..config.checks import check_file_name
+from ..config.files import read_toml
+from ..config.loading import take_out_what_has_no_effect
+from ..config.migration import is_root_style, migrate
+from ..config.reading import Faults
+from ..config.resolved import toml_document, toml_value
+from ..errors import InputError
+from ..files import write_atomically
+from ..texts import escaped
 
 
 def migrate_file(argv: Sequence[str], prog: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .adapters.baking import bake
-from .adapters.merging import merge
-from .command_parts import (
+from ..adapters.baking import bake
+from ..adapters.merging import merge
+from ..errors import InputError
+from .parts import (
     DTYPES,
     MODEL_HELP,
     adapter_and_strength,
@@ -19,10 +20,9 @@ from .command_parts import (
     modules_bar,
     table_at,
 )
-from .errors import InputError
 
 
-def merge_command(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Merge as the flags say, and say what was written.
 
     Raises:

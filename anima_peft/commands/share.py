@@ -9,22 +9,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .adapters.inspection import Inspection, inspect_adapter
-from .adapters.sources import read_adapter_file
-from .command_parts import command_parser
-from .errors import InputError
-from .files import require_writable
-from .models.hub_folders import REPO_ID, Hub
-from .sharing.card import BASE_MODEL, Card, Example
-from .sharing.folder import find_pictures, kind_of, write_folder
-from .sharing.hubs import push
+from ..adapters.inspection import Inspection, inspect_adapter
+from ..errors import InputError
+from ..files import require_writable
+from ..models.checkpoints import read_header
+from ..models.hub_folders import REPO_ID
+from ..sharing.card import BASE_MODEL, Card, Example
+from ..sharing.folder import find_pictures, kind_of, write_folder
+from ..sharing.hubs import push
+from .parts import HUBS, command_parser
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LINK = re.compile(r"https?://[^\s()<>\"]+")
-_HUBS = {"huggingface": Hub.HUGGING_FACE, "modelscope": Hub.MODELSCOPE}
 
 
-def share_command(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Share as the flags say, and say where it went.
 
     Raises:
@@ -83,10 +82,10 @@ def share_command(argv: Sequence[str]) -> None:
 
 
 def _card(arguments: argparse.Namespace, adapter: Path, found: Inspection, examples: Sequence[Example]) -> Card:
-    metadata = read_adapter_file(adapter, mapped=True).metadata
+    metadata = read_header(adapter).metadata
     return Card(
         repo_id=arguments.repo,
-        hub=_HUBS[arguments.hub],
+        hub=HUBS[arguments.hub],
         file=adapter.name,
         title=arguments.title or metadata.get("modelspec.title") or adapter.stem,
         description=arguments.description,
@@ -123,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("adapter", type=Path, metavar="FILE", help="adapter file")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repo id; made if it is not there")
-    parser.add_argument("--hub", choices=_HUBS, default="huggingface", help="default huggingface")
+    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="default huggingface")
     parser.add_argument(
         "--license",
         required=True,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .adapters.resizing import resize
-from .command_parts import (
+from ..adapters.resizing import resize
+from ..errors import InputError
+from .parts import (
     DTYPES,
     MODEL_HELP,
     add_file_options,
@@ -17,10 +18,9 @@ from .command_parts import (
     print_approximation,
     table_at,
 )
-from .errors import InputError
 
 
-def resize_command(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Resize as the flags say, and say what was kept.
 
     Raises:

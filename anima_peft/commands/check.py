@@ -1,4 +1,4 @@
-"""Looks a dataset over before training: pictures, captions, buckets, likenesses, and what a run will take."""
+"""`anima-peft check`: a dataset looked over before training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import RunConfig, load, load_datasets
-from .errors import InputError
-from .files import write_atomically
-from .texts import cut, escaped
+from ..config import RunConfig, load, load_datasets
+from ..errors import InputError
+from ..files import write_atomically
+from ..texts import cut, escaped
+from .parts import command_parser
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .data import BucketBatchSampler, Picture
+    from ..data import BucketBatchSampler, Picture
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +29,22 @@ _MOST_PAIRS = 20
 _MOST_CROPPED = 5
 
 
-def check(argv: Sequence[str], prog: str) -> None:
+def run(argv: Sequence[str]) -> None:
     """Check the dataset that the command line names, and print what was found.
 
     Raises:
         InputError: the configuration, the pictures or the captions have faults; all are in the one message.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser().parse_args(argv)
     if arguments.measure and arguments.config_file is None:
         raise InputError("--measure needs --config_file, which names the model and how it is trained.")
-    targets = [arguments.save / name for name in (SHEET_NAME, SUMMARY_NAME)] if arguments.save else []
+    targets = [arguments.save.expanduser() / name for name in (SHEET_NAME, SUMMARY_NAME)] if arguments.save else []
     _require_free(targets, overwrite=arguments.overwrite)
     config = _run_config(arguments)
     datasets, warnings = (config.datasets, config.warnings) if config else load_datasets(arguments.dataset_config)
     for warning in warnings:
         logger.warning(warning)
-    from .data import scan
+    from ..data import scan
 
     cache_dir = Path(config.train.loop.cache_dir) if config and config.train.loop.cache_dir else None
     found = scan(datasets, cache_dir=cache_dir)
@@ -56,14 +57,17 @@ def check(argv: Sequence[str], prog: str) -> None:
     if arguments.save:
         _save_drawings(pictures, config, targets)
     if config and arguments.measure:
-        from .training.measuring import measure
+        from ..training.measuring import measure
 
         print("\nMeasured on this machine")
         print(measure(config.train, pictures).report())
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False)
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "check",
+        "Look a dataset over before training: pictures, captions, buckets, likenesses, and what a run will take.",
+    )
     parser.add_argument("--dataset_config", type=Path, metavar="DATASET.toml", help="dataset TOML")
     parser.add_argument(
         "--config_file",
@@ -99,7 +103,7 @@ def _require_free(targets: Sequence[Path], *, overwrite: bool) -> None:
 
 
 def _print_pictures(pictures: tuple[Picture, ...], config: RunConfig | None) -> None:
-    from .data.summary import cropped_share, summary
+    from ..data.summary import cropped_share, summary
 
     total, accumulated = _plan(pictures, config)
     print(summary(pictures, total, accumulated, _costs(pictures, config)))
@@ -115,7 +119,7 @@ def _plan(pictures: tuple[Picture, ...], config: RunConfig | None) -> tuple[int 
     """Optimizer steps of the run, None where they are not known, and batches to a step."""
     if config is None:
         return None, 1
-    from .training.samples import planned_steps
+    from ..training.samples import planned_steps
 
     loop = config.train.loop
     return planned_steps(loop, len(_sampler(pictures, loop.seed))), loop.gradient_accumulation_steps
@@ -123,13 +127,14 @@ def _plan(pictures: tuple[Picture, ...], config: RunConfig | None) -> tuple[int 
 
 def _costs(pictures: tuple[Picture, ...], config: RunConfig | None) -> Iterator[str]:
     """What will be kept on the disk: latents and masks to the byte, captions about."""
-    from .data.caching import VAE_FACTOR
-    from .data.dataset import LATENT_CHANNELS
-    from .data.summary import size_text
+    from ..data.caching import VAE_FACTOR
+    from ..data.dataset import LATENT_CHANNELS
+    from ..data.summary import size_text
 
     def latents(picture: Picture) -> int:
+        """Bytes of one channel in float32."""
         width, height = (side // VAE_FACTOR for side in picture.placement.bucket)
-        return width * height * 4  # float32
+        return width * height * 4
 
     keeps = config is None or config.train.loop.cache_latents
     kept = [picture for picture in pictures if keeps and not picture.varies]
@@ -146,9 +151,9 @@ def _costs(pictures: tuple[Picture, ...], config: RunConfig | None) -> Iterator[
 def _caption_cost(pictures: tuple[Picture, ...], config: RunConfig) -> str:
     import torch
 
-    from .data import CaptionChoice, SampleTable, captions_of_run
-    from .training.samples import batches_of_run
-    from .training.text_plan import plan_text
+    from ..data import CaptionChoice, SampleTable, captions_of_run
+    from ..training.samples import batches_of_run
+    from ..training.text_plan import plan_text
 
     loop = config.train.loop
     sampler, (total, accumulated) = _sampler(pictures, loop.seed), _plan(pictures, config)
@@ -171,7 +176,7 @@ def _caption_cost(pictures: tuple[Picture, ...], config: RunConfig) -> str:
 
 
 def _sampler(pictures: tuple[Picture, ...], seed: int) -> BucketBatchSampler:
-    from .data import BucketBatchSampler, SampleTable
+    from ..data import BucketBatchSampler, SampleTable
 
     table = SampleTable(pictures)
     return BucketBatchSampler(table.groups, table.batch_sizes, seed=seed)
@@ -195,7 +200,7 @@ def _print_captions(pictures: Sequence[Picture]) -> None:
 
 
 def _print_likenesses(pictures: Sequence[Picture]) -> None:
-    from .data.duplicates import near_duplicates
+    from ..data.duplicates import near_duplicates
 
     pairs = near_duplicates(pictures)
     print(f"\nPictures that look alike: {len(pairs)} pairs")
@@ -204,8 +209,8 @@ def _print_likenesses(pictures: Sequence[Picture]) -> None:
 
 
 def _save_drawings(pictures: tuple[Picture, ...], config: RunConfig | None, targets: Sequence[Path]) -> None:
-    from .data.drawings import contact_sheet, draw_table
-    from .data.summary import steps_sentence, table_rows
+    from ..data.drawings import contact_sheet, draw_table
+    from ..data.summary import steps_sentence, table_rows
 
     notes = [steps_sentence(pictures, *_plan(pictures, config)), *_costs(pictures, config)]
     for path, picture in zip(targets, (contact_sheet(pictures), draw_table(table_rows(pictures), notes)), strict=True):

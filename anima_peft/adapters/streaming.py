@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import torch
 
-from .errors import InputError
-from .files import write_atomically
-from .models.checkpoints import read_header
+from ..errors import InputError
+from ..files import write_atomically
+from ..models.checkpoints import read_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -121,6 +121,7 @@ def rewrite(
     """
 
     def write(temporary: Path) -> None:
+        """The new header, then tensor after tensor."""
         with temporary.open("wb") as file:
             file.write(_header(source.entries, metadata))
             for key, entry in source.entries.items():
@@ -181,6 +182,7 @@ class TensorSpool:
         """
 
         def write(temporary: Path) -> None:
+            """Header and data, a chunk at a time."""
             with temporary.open("wb") as file:
                 file.write(self.header(metadata))
                 file.writelines(self.data())
