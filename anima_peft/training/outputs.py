@@ -38,6 +38,7 @@ class Outputs:
 
     @property
     def final(self) -> Path:
+        """The adapter's file at the run's end."""
         return self.folder / f"{self.name}{SUFFIX}"
 
     @property

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.dataset import BucketBatchSampler, SampleTable
+from ..data.pictures import Picture
 from ..files import require_writable
 from .outputs import Outputs, require_free
 from .processes import Processes
 from .requests import Requests
-from .state import BATCH_SIZES, Progress, latest_state, read_progress, settle
+from .settings import other_settings, state_settings
+from .state import (
+    BATCH_SIZES,
+    Progress,
+    latest_state,
+    read_progress,
+    require_same_settings,
+    settle,
+    warn_of_changes,
+)
 
 if TYPE_CHECKING:
     from ..config import TrainOptions
@@ -56,6 +67,41 @@ def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
         return None
     settle(Outputs.of_state(Path(given)))
     return Path(given)
+
+
+def take_up(
+    progress: Progress,
+    resume: Path | None,
+    options: TrainOptions,
+    pictures: Sequence[Picture],
+    table: SampleTable,
+    processes: Processes,
+) -> None:
+    """Compare what the state was made with to what is asked for now, and note the latter in `progress`.
+
+    Args:
+        progress: changed in place.
+        resume: the state's folder; None for a run that begins.
+        options: of the run.
+        pictures: all that were found, those that are held out among them.
+        table: of the samples that are trained on.
+        processes: that train now.
+
+    Raises:
+        InputError: settings differ that a state cannot be continued without.
+    """
+    settings, noted = state_settings(options, pictures), other_settings(options)
+    if resume is not None:
+        require_same_settings(progress, settings, resume, processes=processes.count)
+        warn_of_changes(progress, noted, resume)
+    change_processes(
+        progress,
+        table,
+        seed=options.loop.seed,
+        processes=processes.count,
+        batches_per_step=options.loop.gradient_accumulation_steps,
+    )
+    progress.settings, progress.noted = settings, noted
 
 
 def change_processes(
