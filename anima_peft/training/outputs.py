@@ -66,6 +66,11 @@ class Outputs:
         """The previews over time in one picture."""
         return self.folder / f"{self.name}-previews.png"
 
+    @property
+    def lock(self) -> Path:
+        """What a run at work holds; see `run_lock`."""
+        return self.folder / f".{self.name}.lock"
+
     def compared(self, number: int, label: str) -> Path:
         """Picture of the comparison's prompt with this number, from 1, "without" or "with" the adapter."""
         return self.folder / f"{self.name}-{number:02d}-{label}.png"

@@ -15,6 +15,7 @@ from ..files import require_writable
 from .outputs import Outputs, require_free
 from .processes import Processes
 from .requests import Requests
+from .run_lock import is_running
 from .settings import other_settings, state_settings
 from .state import (
     BATCH_SIZES,
@@ -37,6 +38,8 @@ def begin(
 ) -> tuple[Path | None, Progress, bool]:
     """The state that the run goes on from, if it does, where it stands, and whether the state is of this folder.
 
+    Called with the lock of these outputs.
+
     Raises:
         InputError: there is no such state, or it cannot be read; the run's files cannot be written, or are there.
     """
@@ -51,7 +54,6 @@ def begin(
         progress.started = progress.started or datetime.now(UTC).isoformat()
         if processes.is_main:
             require_free(outputs, overwrite=options.save.overwrite, resume=continued)
-            require_writable("output_dir", outputs.folder)
             requests.forget_earlier()
             if options.log.log_with != "none":
                 require_writable("logging_dir", log_root)
@@ -65,7 +67,9 @@ def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
         return latest_state(outputs)
     if given is None:
         return None
-    settle(Outputs.of_state(Path(given)))
+    other = Outputs.of_state(Path(given))
+    if not is_running(other):  # neither this run, whose outputs are settled, nor one that is writing there
+        settle(other)
     return Path(given)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -43,6 +44,7 @@ from .record import Record
 from .report import reporting
 from .requests import Requests
 from .resuming import begin, take_up
+from .run_lock import run_lock
 from .samples import planned_steps, prepare_held_out, prepare_samples, steps_ahead, steps_of_epoch
 from .saving import Saver
 from .state import ADAPTER_NAME, Progress, load_state, register
@@ -84,19 +86,25 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
     """Train an adapter.
 
     The configuration's values, model files, pictures and captions are looked at, and everything is encoded, before the
-    first step and before anything appears in `output_dir`.
+    first step and before anything but the run's lock appears in `output_dir`.
 
     Raises:
-        InputError: a fault in the configuration's values, the model's files, the pictures or the captions.
+        InputError: a fault in the configuration's values, the model's files, the pictures or the captions, or another
+            run that is at work under the same name in the same folder.
         TrainingError: the loss is not finite, or there is not enough memory.
         Interrupted: a signal or a file asked for the end; adapter and state are saved.
     """
     options, now = config.train, datetime.now()
     own = _outputs(options, now)  # those of the main process count
     logs, record = place_of_logs(config, own.folder, now), Record(own.record)
-    with engine(options, make_trackers(config, logs, record)) as accelerator, reporting(record, own):
+    trackers = make_trackers(config, logs, record)
+    # The lock is let go last, when the report is written.
+    with ExitStack() as held, engine(options, trackers) as accelerator, reporting(record, own):
         processes = Processes(accelerator)
         outputs = _outputs(options, processes.from_main(now))
+        with processes.together():
+            if processes.is_main:
+                held.enter_context(run_lock(outputs))
         requests = Requests(outputs, processes)
         resume, progress, continued = begin(options, outputs, logs.root, requests, processes)
         for warning in config.warnings:
