@@ -18,7 +18,7 @@ from ...files import write_atomically
 from ..outputs import Outputs
 from .charts import charts_of
 from .curves import finite, smooth, smoothing_window
-from .history import History, Picture, read_history
+from .history import History, Preview, read_history
 from .pictures import BUDGET, Embedded, embed
 
 _MOST_TIMES, _MOST_PICTURES = 12, 96
@@ -136,7 +136,7 @@ def _time(text: str) -> str:
         return text
 
 
-def _choose_times(previews: Mapping[str, Sequence[Picture]]) -> dict[str, list[Picture]]:
+def _choose_times(previews: Mapping[str, Sequence[Preview]]) -> dict[str, list[Preview]]:
     """Of each prompt as many pictures as the page bears, evenly, with the first and the last."""
     most = max(2, min(_MOST_TIMES, _MOST_PICTURES // max(len(previews), 1)))
     chosen = {}
@@ -148,7 +148,7 @@ def _choose_times(previews: Mapping[str, Sequence[Picture]]) -> dict[str, list[P
     return chosen
 
 
-def _figures(folder: Path, pictures: Sequence[Picture], limit: int) -> list[Figure]:
+def _figures(folder: Path, pictures: Sequence[Preview], limit: int) -> list[Figure]:
     return [Figure(f"{picture.step:,}", embed(folder, picture.file, limit)) for picture in pictures]
 
 
