@@ -113,9 +113,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return make_parser(groups, foreign.TRAIN_OPTIONS, prog)
 
 
-def load(  # long by its checks, one call each
-    argv: Sequence[str], prog: str | None = None
-) -> RunConfig:
+def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     """Read the configuration that a command line names; nothing is created and no other file is looked at.
 
     Command line beats train args TOML beats defaults; keys of the dataset TOML beat their fallbacks in both.
@@ -134,28 +132,10 @@ def load(  # long by its checks, one call each
             f"Convert an old file with: {MIGRATION}"
         )
     faults = Faults()
-    flags = _FLAGS.read(read_flags(build_parser(prog), argv, faults), faults)
-    config_file = _path(flags.get("config_file"))
-    file: ConfigFile | None = ConfigFile()
-    if config_file is not None:
-        without_effect = partial(take_out_what_has_no_effect, flags=flags)
-        file = read_config_file(config_file, "dataset_config" in flags, without_effect, faults)
-    train_args = {} if file is None else _TRAIN_ARGS.read(file.train_args, faults)
-    found = {**train_args, **flags}
-    _merge(found, _arguments(found, faults), faults)
-
+    found, file = _read(build_parser(prog), argv, faults)
+    config_file, dataset_config = _path(found.get("config_file")), _path(found.get("dataset_config"))
     memory = apply_preset(OPTIONS, found)
-    dataset_config = _path(found.get("dataset_config"))
-    if file is not None:  # what an unreadable file would have given is not missing
-        files = [option for option in options_of(FileOptions) if file.pictures is None]
-        checks.check_required((*files, *OPTIONS.values()), found, faults)
-        checks.check_model_parts(OPTIONS, found, faults)
-        checks.check_network(OPTIONS, found, faults)
-        checks.check_hub_places(OPTIONS, found, faults)
-    checks.check_effects(OPTIONS.values(), found, faults)
-    check_training(OPTIONS, found, faults)
-    check_memory(OPTIONS, found, faults)
-
+    _check(found, file, faults)
     datasets = Datasets()
     if dataset_config is not None:
         datasets = _datasets(dataset_config, found, faults)
@@ -180,8 +160,36 @@ def load(  # long by its checks, one call each
         _flat_values(train),
         resolved_text(_heading(config_file, dataset_config), lines, datasets.lines()),
         _summary(lines, datasets),
-        "print_config" in flags and flags["print_config"].value is True,
+        "print_config" in found and found["print_config"].value is True,
     )
+
+
+def _read(
+    parser: argparse.ArgumentParser, argv: Sequence[str], faults: Faults
+) -> tuple[dict[str, Found], ConfigFile | None]:
+    """Every option that the command line or the train args give, and the file of these; None if it cannot be read."""
+    flags = _FLAGS.read(read_flags(parser, argv, faults), faults)
+    path = _path(flags.get("config_file"))
+    file: ConfigFile | None = ConfigFile()
+    if path is not None:
+        without_effect = partial(take_out_what_has_no_effect, flags=flags)
+        file = read_config_file(path, "dataset_config" in flags, without_effect, faults)
+    found = {**({} if file is None else _TRAIN_ARGS.read(file.train_args, faults)), **flags}
+    _merge(found, _arguments(found, faults), faults)
+    return found, file
+
+
+def _check(found: Mapping[str, Found], file: ConfigFile | None, faults: Faults) -> None:
+    """Report what options say of each other, and those that are missing."""
+    if file is not None:  # what an unreadable file would have given is not missing
+        files = [option for option in options_of(FileOptions) if file.pictures is None]
+        checks.check_required((*files, *OPTIONS.values()), found, faults)
+        checks.check_model_parts(OPTIONS, found, faults)
+        checks.check_network(OPTIONS, found, faults)
+        checks.check_hub_places(OPTIONS, found, faults)
+    checks.check_effects(OPTIONS.values(), found, faults)
+    check_training(OPTIONS, found, faults)
+    check_memory(OPTIONS, found, faults)
 
 
 def take_out_what_has_no_effect(migration: Migration, flags: Mapping[str, Found] | None = None) -> None:
