@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.caching import CaptionEncoder
+from ..data.caching import CaptionEncoder, LatentFiles
 from ..data.caption_choice import CaptionChoice, captions_of_run
 from ..data.dataset import BucketBatchSampler, CachedDataset, SampleKey, SampleTable
 from ..data.pictures import Picture
@@ -110,25 +110,14 @@ def prepare_samples(
     loop = options.loop
     cache_dir = Path(loop.cache_dir) if loop.cache_dir else None
     choose = CaptionChoice(loop.seed, len(sampler), loop.gradient_accumulation_steps, total_steps)
-    latents = cache_latents(
-        pictures if loop.cache_latents else (),
-        vae,
-        model_hash=vae_hash,
-        dtype=text.dtype,
-        device=text.device,
-        batch_size=loop.vae_batch_size,
-        tiling=options.memory.vae_tiling,
-        cache_dir=cache_dir,
-        processes=processes,
-    )
+    latents = _latents(options, pictures, vae, vae_hash, text, cache_dir, processes)
     masks = cache_masks(pictures, cache_dir=cache_dir, processes=processes)
     batches = batches_of_run(sampler, choose.batches_per_step, total_steps, ahead)
     plan = _plan_text(options, pictures, batches, choose, text)
     captions, encode_text = _texts(plan, pictures, text, cache_dir, processes)
-    files = latents.files if loop.cache_latents else (None,) * len(pictures)
     dataset = CachedDataset(
         pictures,
-        files,
+        latents,
         captions,
         masks.files,
         seed=loop.seed,
@@ -137,7 +126,7 @@ def prepare_samples(
         choose_caption=choose,
         prior_loss_weight=options.picture_loss.prior_loss_weight,
     )
-    live = sum(file is None for file in files)
+    live = latents.count(None)
     encode_latents = None
     if live:
         with processes.together():
@@ -169,6 +158,32 @@ def prepare_held_out(
     sampler = BucketBatchSampler(SampleTable(pictures).groups, SampleTable(pictures).batch_sizes, seed=seed)
     own = replace(options, loop=loop)
     return prepare_samples(own, pictures, sampler, vae, vae_hash, text, processes=processes, total_steps=1)
+
+
+def _latents(
+    options: TrainOptions,
+    pictures: tuple[Picture, ...],
+    vae: Path,
+    vae_hash: str,
+    text: TextModels,
+    cache_dir: Path | None,
+    processes: Processes,
+) -> Sequence[LatentFiles | None]:
+    """For each picture its latents, encoded; None where they are encoded in every step."""
+    if not options.loop.cache_latents:
+        return (None,) * len(pictures)
+    plan = cache_latents(
+        pictures,
+        vae,
+        model_hash=vae_hash,
+        dtype=text.dtype,
+        device=text.device,
+        batch_size=options.loop.vae_batch_size,
+        tiling=options.memory.vae_tiling,
+        cache_dir=cache_dir,
+        processes=processes,
+    )
+    return plan.files
 
 
 def _plan_text(
