@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
+from ..adapters.targets import PRESETS
 from ..errors import InputError
 from ..models.hub_folders import parse_hub_folder
 from .arguments import read_by_pattern
 from .options import Option
 from .reading import FAULTY, Faults, shown
 from .schema import Found
-
-TARGET_PRESETS = ("attn-mlp", "attn-mlp-adaln", "all-linear")
 
 # Windows refuses these in file names, with any suffix: learn.microsoft.com/windows/win32/fileio/naming-a-file
 _REFUSED_CHARACTERS = '<>:"/\\|?*'
@@ -46,7 +45,7 @@ def check_targets(targets: tuple[str, ...]) -> None:
     """
     for target in targets:
         preset = target.lower().replace("_", "-").replace(" ", "-")
-        if preset in TARGET_PRESETS and target != preset:
+        if preset in PRESETS and target != preset:
             raise InputError(f'expected a preset or a pattern, got {shown(target)}; did you mean "{preset}"?')
 
 
