@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 
+from ..data.buckets import VAE_FACTOR
 from ..data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS
 from ..data.pictures import Picture, load_pixels
 from ..data.summary import BucketRow, bucket_rows, table
@@ -157,7 +158,7 @@ def _batch_times(
     times = []
     for row in rows:
         size = _batch_size(row, pictures)
-        shape = (size, LATENT_CHANNELS, row.bucket[1] // 8, row.bucket[0] // 8)
+        shape = (size, LATENT_CHANNELS, row.bucket[1] // VAE_FACTOR, row.bucket[0] // VAE_FACTOR)
         batch = {
             "latents": torch.zeros(shape, device=device),
             "noise": torch.randn(shape, device=device),
