@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from ..adapters.targets import PRESETS
@@ -114,13 +114,11 @@ def value_of(option: Option, found: Mapping[str, Found]) -> Any:
     return found[option.name].value if option.name in found else option.default
 
 
-def check_required(
-    options: Iterable[Option], found: Container[str], faults: Faults, place: Callable[[str], str] = str
-) -> None:
-    """Report every required option that was not given; `place` makes its dotted path of its name."""
+def check_required(options: Iterable[Option], found: Container[str], faults: Faults) -> None:
+    """Report every required option that was not given."""
     for option in options:
         if option.required and option.name not in found:
-            faults.add(place(option.name), f"required, but not given. {option.rules.help}")
+            faults.add(option.name, f"required, but not given. {option.rules.help}")
 
 
 def check_network(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:

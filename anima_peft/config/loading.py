@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,9 +82,6 @@ class RunConfig:
         wandb: arguments of `wandb.init` from the file of `log_tracker_config`.
         datasets: what it trains on.
         warnings: what is allowed and probably not meant, one sentence each.
-        config_file: the train args TOML, if one was given.
-        dataset_config: the dataset TOML.
-        values: every option of `train` by its flat name as a JSON-able value, for metadata and logs.
         resolved: the whole configuration as TOML, with a comment on each line that says where the value comes from.
         summary: what differs from the defaults, as JSON, without the folders of paths.
         print_config: whether `resolved` is all that is wanted, and no run.
@@ -95,9 +92,6 @@ class RunConfig:
     wandb: Mapping[str, Any]
     datasets: tuple[DatasetSpec, ...]
     warnings: tuple[str, ...]
-    config_file: Path | None
-    dataset_config: Path
-    values: Mapping[str, object]
     resolved: str
     summary: str
     print_config: bool
@@ -155,9 +149,6 @@ def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
         wandb,
         datasets.specs,
         (*file.notes(), *memory, *datasets.warnings),
-        config_file,
-        dataset_config,
-        _flat_values(train),
         resolved_text(_heading(config_file, dataset_config), lines, datasets.lines()),
         _summary(lines, datasets),
         "print_config" in found and found["print_config"].value is True,
@@ -315,12 +306,6 @@ def _train_options(found: Mapping[str, Found]) -> TrainOptions:
             for group, cls in GROUPS.items()
         }
     )
-
-
-def _flat_values(train: TrainOptions) -> Mapping[str, object]:
-    groups: Iterable[dict[str, object]] = dataclasses.asdict(train).values()
-    flat = {name: value for group in groups for name, value in group.items() if not OPTIONS[name].rules.secret}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
 def _train_lines(train: TrainOptions, found: Mapping[str, Found]) -> list[tuple[str, list[Line]]]:
