@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growing, lokr, step
+from benchmarks import growth_start, lokr, step
 from benchmarks.__main__ import BENCHMARKS, main, parse
 from benchmarks.measure import PeakMemory, median_ratio, paired_times, saved_bytes
 from benchmarks.reporting import Row, case_table
@@ -128,7 +128,7 @@ def test_memory_measures_each_option_beside_the_plain_step(tmp_path: Path) -> No
 
 
 def test_growth_measures_a_start_from_a_complete_cache(tmp_path: Path) -> None:
-    growing.build(tmp_path, 20)
-    start = growing.start(tmp_path)
+    growth_start.build(tmp_path, 20)
+    start = growth_start.start(tmp_path)
     assert start.pictures == 20
     assert min(start.seconds, start.scan, start.step, start.late_step, start.late_start, start.metadata) > 0

@@ -1,6 +1,6 @@
 """A synthetic dataset of any size with a complete cache, and one start of a run on it, measured from inside.
 
-`python -m benchmarks.growing FOLDER build|start` is a process of its own, so that memory is that of one run.
+`python -m benchmarks.growth_start FOLDER build|start` is a process of its own, so that memory is that of one run.
 """
 
 from __future__ import annotations
