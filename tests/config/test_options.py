@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from anima_peft.adapters.writing import Format
 from anima_peft.config import TrainOptions, build_parser, foreign, load
 from anima_peft.config.dataset_options import DatasetKeys, SubsetKeys
 from anima_peft.config.loading import GROUPS, OPTIONS
 from anima_peft.config.options import options_of
 from anima_peft.errors import InputError
-from anima_peft.training import optimizers
+from anima_peft.training import flow, losses, optimizers
+from anima_peft.training.device import DTYPES
 
 from .conftest import DATASET, values_of
 
@@ -509,3 +511,22 @@ def test_help_is_printed_and_ends_the_program(capsys: pytest.CaptureFixture[str]
 def test_every_option_has_a_help_text() -> None:
     assert all(len(option.rules.help) > 10 and option.rules.help.endswith(".") for option in OPTIONS.values())
     assert set(GROUPS) == set(TrainOptions.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("timestep_sampling", flow.SigmaMethod),
+        ("loss_type", losses.LossType),
+        ("huber_schedule", losses.HuberSchedule),
+        ("weighting_scheme", losses.WeightingScheme),
+    ],
+)
+def test_choices_are_what_training_knows(name: str, kinds: Any) -> None:
+    assert OPTIONS[name].rules.choices == get_args(kinds)
+
+
+def test_choices_of_formats_and_precisions_can_be_written() -> None:
+    assert set(OPTIONS["save_format"].rules.choices) <= set(get_args(Format))
+    for name in ("mixed_precision", "save_precision"):
+        assert set(OPTIONS[name].rules.choices) <= DTYPES.keys()
