@@ -278,6 +278,7 @@ def plan_latents(pictures: Sequence[Picture], *, model: str, cache_dir: Path | N
     cache_of = _caches("latents", cache_dir)
 
     def add(picture: Picture, flip: bool) -> str:
+        """The path of a picture's latents; its key is made of all that decides them."""
         # Only where it is set, so that entries from before it could be set are found.
         filter_of_resize = {} if picture.interpolation is None else {"interpolation": picture.interpolation}
         key = cache_key(
@@ -310,6 +311,7 @@ def plan_masks(pictures: Sequence[Picture], *, cache_dir: Path | None = None) ->
     cache_of = _caches("masks", cache_dir)
 
     def add(picture: Picture, mask: MaskSource) -> str:
+        """The path of a picture's mask; its key is made of all that decides it."""
         key = cache_key(
             format=MASK_FORMAT,
             mask=mask.sha256,
