@@ -167,7 +167,7 @@ def require_free(outputs: Outputs, *, overwrite: bool, resume: bool) -> None:
     """Refuse to start over an earlier run's files. A record alone is none: that run has saved nothing.
 
     Args:
-        resume: whether this very folder's run goes on.
+        resume: whether the run goes on that these files are of.
 
     Raises:
         InputError: such files exist, and neither `--overwrite` nor `--resume` was given.

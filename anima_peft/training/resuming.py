@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def begin(
     options: TrainOptions, outputs: Outputs, log_root: Path, requests: Requests, processes: Processes
 ) -> tuple[Path | None, Progress, bool]:
-    """The state that the run goes on from, if it does, where it stands, and whether the state is of this folder.
+    """The state that the run goes on from, if it does, where it stands, and whether the state is of this very run.
 
     Called with the lock of these outputs.
 
@@ -48,8 +48,8 @@ def begin(
     resume = processes.from_main(found)
     with processes.together():
         progress = read_progress(resume) if resume else Progress()
-        continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
-        if not continued:  # what another folder's run has saved is not this one's to drop
+        continued = resume is not None and _is_of(resume.resolve(), outputs)
+        if not continued:  # what another run has saved is not this one's to drop
             progress.saved_steps, progress.saved_epochs = [], []
         progress.started = progress.started or datetime.now(UTC).isoformat()
         if processes.is_main:
@@ -58,6 +58,11 @@ def begin(
             if options.log.log_with != "none":
                 require_writable("logging_dir", log_root)
     return resume, progress, continued
+
+
+def _is_of(state: Path, outputs: Outputs) -> bool:
+    """Whether a run of this name in this folder has written a state."""
+    return state.parent == outputs.folder.resolve() and outputs.owns(state.name)
 
 
 def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
