@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .growing import Start
+from .growth_start import Start
 from .reporting import Row
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def _process(folder: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.growing", str(folder), *words]
+    command = [sys.executable, "-m", "benchmarks.growth_start", str(folder), *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -20,12 +20,13 @@ from accelerate import Accelerator
 from anima_peft.config import TrainOptions, load
 from anima_peft.data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS
 from anima_peft.errors import InputError
-from anima_peft.models.quantization import quantize_dit, require_quantization
+from anima_peft.models.quantization import quantize_dit
+from anima_peft.training.device import DTYPES, require_device
 from anima_peft.training.engine import engine
 from anima_peft.training.loop import batch_loss
 from anima_peft.training.network import add_network
-from anima_peft.training.optimizers import needs_card
-from anima_peft.training.prepare import flow_loss, optimization, prepare_model
+from anima_peft.training.objective import flow_loss
+from anima_peft.training.prepare import optimization, prepare_model
 
 from .measure import PeakMemory, median_ratio, paired_times
 from .models import transformer_model
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     names = [name for name in CANDIDATES if name != PLAIN and (not arguments.only or name in arguments.only)]
     with tempfile.TemporaryDirectory() as folder:
         options = _options(Path(folder), PLAIN, arguments)
-        with engine(options, Path(folder)) as accelerator:
+        with engine(options) as accelerator:
             plain = _prepare(options, accelerator, arguments, side)
             times = paired_times({PLAIN: plain.step}, arguments.rounds, device)[PLAIN]
             median = sorted(times)[len(times) // 2]
@@ -107,7 +108,7 @@ def _measure(
 ) -> Row:
     try:
         options = _options(folder, name, arguments)
-        _require(options, arguments.device)
+        require_device(options, arguments.device)
     except InputError as missing:
         return Row(case, name, None, "ms", figures={"off by": str(missing).partition(" (")[0]})
     candidate = _prepare(options, accelerator, arguments, side)
@@ -120,17 +121,10 @@ def _measure(
     return Row(case, name, 1e3 * median, "ms", median_ratio(times, name, PLAIN), PLAIN, peak, {"off by": f"{off:.1e}"})
 
 
-def _require(options: TrainOptions, device: torch.device) -> None:
-    require_quantization(options.memory.base_quantization, device)
-    name = options.optimizer.optimizer_type
-    if needs_card(name) and device.type == "cpu":
-        raise InputError(f"{name} needs a graphics card.")
-
-
 def _prepare(options: TrainOptions, accelerator: Accelerator, arguments: argparse.Namespace, side: int) -> Candidate:
     """A model as training prepares it, after its first steps."""
     device: torch.device = arguments.device
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[arguments.precision]
+    dtype = DTYPES[arguments.precision]
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     model = transformer_model(arguments.size, device, dtype, layers=_MINIATURE_BLOCKS)

@@ -71,6 +71,8 @@ class Case:
         batch: samples in a step.
         rank: of LoRA; LoKr has full factors.
         precision: "no" or "bf16".
+        checkpointing: whether blocks are computed anew in the backward pass.
+        device: where all of them run.
     """
 
     base: AnimaTransformerModel
@@ -91,6 +93,7 @@ class Case:
         return torch.randn(MIN_PROMPT_ROWS, width, dtype=self.base.transformer.dtype)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """bfloat16 inside of this, if that is the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
@@ -115,6 +118,7 @@ class _Prepared:
     dataset: _Samples
 
     def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Nothing is left to encode."""
         return batch
 
 
@@ -133,7 +137,10 @@ def ours(case: Case, accelerator: Accelerator, folder: Path, flags: Sequence[str
     health = Health(0, progress, lambda batches: [["picture"] * case.batch] * batches)
 
     def step() -> None:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the progress bar
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stderr(nowhere),
+        ):  # the progress bar
             loop.run_loop(
                 accelerator,
                 parts,

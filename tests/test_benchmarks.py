@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import lokr, step
+from benchmarks import growth_start, lokr, step
 from benchmarks.__main__ import BENCHMARKS, main, parse
 from benchmarks.measure import PeakMemory, median_ratio, paired_times, saved_bytes
 from benchmarks.reporting import Row, case_table
@@ -117,3 +117,18 @@ def test_step_measures_ours_beside_the_others(
     for row in parts:
         assert row["figures"].keys() == names
         assert sum(row["figures"].values()) == pytest.approx(row["median"])
+
+
+def test_memory_measures_each_option_beside_the_plain_step(tmp_path: Path) -> None:
+    words = ["memory", "--rounds", "1", "--device", "cpu", "--precision", "no", "--only", "low", "balanced, nf4"]
+    main([*words, "--json", str(tmp_path / "a.json")])
+    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["benchmarks"]["memory"]
+    assert [row["name"] for row in rows] == ["fast", "low", "balanced, nf4"]
+    assert (rows[0]["ratio"], rows[1]["figures"]["off by"]) == (1, "0.0e+00")
+
+
+def test_growth_measures_a_start_from_a_complete_cache(tmp_path: Path) -> None:
+    growth_start.build(tmp_path, 20)
+    start = growth_start.start(tmp_path)
+    assert start.pictures == 20
+    assert min(start.seconds, start.scan, start.step, start.late_step, start.late_start, start.metadata) > 0

@@ -183,6 +183,22 @@ def test_measuring_times_every_bucket_and_writes_nothing(
     assert not list(pictures.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("attn_mode = 'flash'\n", 'attn_mode: "flash" cannot be had: it needs a CUDA device'),
+        ("network_weights = 'none.safetensors'\n", "none.safetensors: no such adapter file"),
+    ],
+)
+def test_measuring_refuses_what_a_run_refuses_before_loading(
+    check: Check, monkeypatch: pytest.MonkeyPatch, train: str, message: str
+) -> None:
+    monkeypatch.setattr(measuring, "locate_sources", None)  # not reached
+    code, _, err = check("--measure", train=train)
+    assert code == FAULTY_INPUT
+    assert message in err
+
+
 def drawn(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
     """A picture of large patches, as no other seed gives it."""
     patches = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -113,6 +113,7 @@ def _shrink(path: Path) -> None:
 
 
 def main() -> None:
+    """Train in a fresh folder, and write its pictures to docs/pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="a shorter run")
     steps = parser.parse_args().steps

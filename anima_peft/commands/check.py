@@ -127,7 +127,7 @@ def _plan(pictures: tuple[Picture, ...], config: RunConfig | None) -> tuple[int 
 
 def _costs(pictures: tuple[Picture, ...], config: RunConfig | None) -> Iterator[str]:
     """What will be kept on the disk: latents and masks to the byte, captions about."""
-    from ..data.caching import VAE_FACTOR
+    from ..data.buckets import VAE_FACTOR
     from ..data.dataset import LATENT_CHANNELS
     from ..data.summary import size_text
 

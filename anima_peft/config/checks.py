@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from ..adapters.targets import PRESETS
 from ..errors import InputError
 from ..models.hub_folders import parse_hub_folder
 from .arguments import read_by_pattern
 from .options import Option
 from .reading import FAULTY, Faults, shown
 from .schema import Found
-
-TARGET_PRESETS = ("attn-mlp", "attn-mlp-adaln", "all-linear")
 
 # Windows refuses these in file names, with any suffix: learn.microsoft.com/windows/win32/fileio/naming-a-file
 _REFUSED_CHARACTERS = '<>:"/\\|?*'
@@ -46,7 +45,7 @@ def check_targets(targets: tuple[str, ...]) -> None:
     """
     for target in targets:
         preset = target.lower().replace("_", "-").replace(" ", "-")
-        if preset in TARGET_PRESETS and target != preset:
+        if preset in PRESETS and target != preset:
             raise InputError(f'expected a preset or a pattern, got {shown(target)}; did you mean "{preset}"?')
 
 
@@ -115,13 +114,11 @@ def value_of(option: Option, found: Mapping[str, Found]) -> Any:
     return found[option.name].value if option.name in found else option.default
 
 
-def check_required(
-    options: Iterable[Option], found: Container[str], faults: Faults, place: Callable[[str], str] = str
-) -> None:
-    """Report every required option that was not given; `place` makes its dotted path of its name."""
+def check_required(options: Iterable[Option], found: Container[str], faults: Faults) -> None:
+    """Report every required option that was not given."""
     for option in options:
         if option.required and option.name not in found:
-            faults.add(place(option.name), f"required, but not given. {option.rules.help}")
+            faults.add(option.name, f"required, but not given. {option.rules.help}")
 
 
 def check_network(options: Mapping[str, Option], found: Mapping[str, Found], faults: Faults) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..data.buckets import SIDE_MULTIPLE
 from ..data.pixels import INTERPOLATIONS
@@ -50,6 +51,11 @@ _BUCKETED = Needs("enable_bucket", unless=(False,), hint="set enable_bucket = tr
 BOUNDED_BUCKETS = Needs("bucket_no_upscale", unless=(True,))
 
 
+def _bucket_side(default: int, *needs: Needs, **rules: Any) -> Any:
+    """An option in pixels that only buckets heed."""
+    return option(default, minimum=SIDE_MULTIPLE, maximum=LONGEST_SIDE, only_with=(_BUCKETED, *needs), **rules)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetKeys:
     """Pictures, where the dataset TOML does not say: size and buckets."""
@@ -58,32 +64,20 @@ class DatasetKeys:
         DatasetSpec.resolution, convert=parse_resolution, help="Training size in pixels: a side, or width,height."
     )
     enable_bucket: bool = option(DatasetSpec.enable_bucket, help="Group pictures by aspect ratio instead of cropping.")
-    min_bucket_reso: int = option(
-        DatasetSpec.min_bucket_reso,
-        minimum=SIDE_MULTIPLE,
-        maximum=LONGEST_SIDE,
-        only_with=(_BUCKETED, BOUNDED_BUCKETS),
-        help="Shortest side of a bucket in pixels.",
+    min_bucket_reso: int = _bucket_side(
+        DatasetSpec.min_bucket_reso, BOUNDED_BUCKETS, help="Shortest side of a bucket in pixels."
     )
-    max_bucket_reso: int = option(
-        DatasetSpec.max_bucket_reso,
-        minimum=SIDE_MULTIPLE,
-        maximum=LONGEST_SIDE,
-        only_with=(_BUCKETED, BOUNDED_BUCKETS),
-        help="Longest side of a bucket in pixels.",
+    max_bucket_reso: int = _bucket_side(
+        DatasetSpec.max_bucket_reso, BOUNDED_BUCKETS, help="Longest side of a bucket in pixels."
     )
-    bucket_reso_steps: int = option(
+    bucket_reso_steps: int = _bucket_side(
         DatasetSpec.bucket_reso_steps,
-        minimum=SIDE_MULTIPLE,
-        maximum=LONGEST_SIDE,
         check=_check_steps,
-        only_with=(_BUCKETED,),
         help=f"Sides of a bucket are multiples of this; itself a multiple of {SIDE_MULTIPLE}.",
     )
     bucket_no_upscale: bool = option(
         DatasetSpec.bucket_no_upscale, only_with=(_BUCKETED,), help="Never enlarge a picture to fill a bucket."
     )
-
     skip_image_resolution: tuple[int, int] | None = option(
         DatasetSpec.skip_image_resolution,
         convert=parse_resolution,

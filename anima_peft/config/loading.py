@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,9 +82,6 @@ class RunConfig:
         wandb: arguments of `wandb.init` from the file of `log_tracker_config`.
         datasets: what it trains on.
         warnings: what is allowed and probably not meant, one sentence each.
-        config_file: the train args TOML, if one was given.
-        dataset_config: the dataset TOML.
-        values: every option of `train` by its flat name as a JSON-able value, for metadata and logs.
         resolved: the whole configuration as TOML, with a comment on each line that says where the value comes from.
         summary: what differs from the defaults, as JSON, without the folders of paths.
         print_config: whether `resolved` is all that is wanted, and no run.
@@ -95,9 +92,6 @@ class RunConfig:
     wandb: Mapping[str, Any]
     datasets: tuple[DatasetSpec, ...]
     warnings: tuple[str, ...]
-    config_file: Path | None
-    dataset_config: Path
-    values: Mapping[str, object]
     resolved: str
     summary: str
     print_config: bool
@@ -113,9 +107,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return make_parser(groups, foreign.TRAIN_OPTIONS, prog)
 
 
-def load(  # long by its checks, one call each
-    argv: Sequence[str], prog: str | None = None
-) -> RunConfig:
+def load(argv: Sequence[str], prog: str | None = None) -> RunConfig:
     """Read the configuration that a command line names; nothing is created and no other file is looked at.
 
     Command line beats train args TOML beats defaults; keys of the dataset TOML beat their fallbacks in both.
@@ -134,28 +126,10 @@ def load(  # long by its checks, one call each
             f"Convert an old file with: {MIGRATION}"
         )
     faults = Faults()
-    flags = _FLAGS.read(read_flags(build_parser(prog), argv, faults), faults)
-    config_file = _path(flags.get("config_file"))
-    file: ConfigFile | None = ConfigFile()
-    if config_file is not None:
-        without_effect = partial(take_out_what_has_no_effect, flags=flags)
-        file = read_config_file(config_file, "dataset_config" in flags, without_effect, faults)
-    train_args = {} if file is None else _TRAIN_ARGS.read(file.train_args, faults)
-    found = {**train_args, **flags}
-    _merge(found, _arguments(found, faults), faults)
-
+    found, file = _read(build_parser(prog), argv, faults)
+    config_file, dataset_config = _path(found.get("config_file")), _path(found.get("dataset_config"))
     memory = apply_preset(OPTIONS, found)
-    dataset_config = _path(found.get("dataset_config"))
-    if file is not None:  # what an unreadable file would have given is not missing
-        files = [option for option in options_of(FileOptions) if file.pictures is None]
-        checks.check_required((*files, *OPTIONS.values()), found, faults)
-        checks.check_model_parts(OPTIONS, found, faults)
-        checks.check_network(OPTIONS, found, faults)
-        checks.check_hub_places(OPTIONS, found, faults)
-    checks.check_effects(OPTIONS.values(), found, faults)
-    check_training(OPTIONS, found, faults)
-    check_memory(OPTIONS, found, faults)
-
+    _check(found, file, faults)
     datasets = Datasets()
     if dataset_config is not None:
         datasets = _datasets(dataset_config, found, faults)
@@ -175,13 +149,38 @@ def load(  # long by its checks, one call each
         wandb,
         datasets.specs,
         (*file.notes(), *memory, *datasets.warnings),
-        config_file,
-        dataset_config,
-        _flat_values(train),
         resolved_text(_heading(config_file, dataset_config), lines, datasets.lines()),
         _summary(lines, datasets),
-        "print_config" in flags and flags["print_config"].value is True,
+        "print_config" in found and found["print_config"].value is True,
     )
+
+
+def _read(
+    parser: argparse.ArgumentParser, argv: Sequence[str], faults: Faults
+) -> tuple[dict[str, Found], ConfigFile | None]:
+    """Every option that the command line or the train args give, and the file of these; None if it cannot be read."""
+    flags = _FLAGS.read(read_flags(parser, argv, faults), faults)
+    path = _path(flags.get("config_file"))
+    file: ConfigFile | None = ConfigFile()
+    if path is not None:
+        without_effect = partial(take_out_what_has_no_effect, flags=flags)
+        file = read_config_file(path, "dataset_config" in flags, without_effect, faults)
+    found = {**({} if file is None else _TRAIN_ARGS.read(file.train_args, faults)), **flags}
+    _merge(found, _arguments(found, faults), faults)
+    return found, file
+
+
+def _check(found: Mapping[str, Found], file: ConfigFile | None, faults: Faults) -> None:
+    """Report what options say of each other, and those that are missing."""
+    if file is not None:  # what an unreadable file would have given is not missing
+        files = [option for option in options_of(FileOptions) if file.pictures is None]
+        checks.check_required((*files, *OPTIONS.values()), found, faults)
+        checks.check_model_parts(OPTIONS, found, faults)
+        checks.check_network(OPTIONS, found, faults)
+        checks.check_hub_places(OPTIONS, found, faults)
+    checks.check_effects(OPTIONS.values(), found, faults)
+    check_training(OPTIONS, found, faults)
+    check_memory(OPTIONS, found, faults)
 
 
 def take_out_what_has_no_effect(migration: Migration, flags: Mapping[str, Found] | None = None) -> None:
@@ -307,12 +306,6 @@ def _train_options(found: Mapping[str, Found]) -> TrainOptions:
             for group, cls in GROUPS.items()
         }
     )
-
-
-def _flat_values(train: TrainOptions) -> Mapping[str, object]:
-    groups: Iterable[dict[str, object]] = dataclasses.asdict(train).values()
-    flat = {name: value for group in groups for name, value in group.items() if not OPTIONS[name].rules.secret}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
 def _train_lines(train: TrainOptions, found: Mapping[str, Found]) -> list[tuple[str, list[Line]]]:

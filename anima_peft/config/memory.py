@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..training.block_swap import ALL_BLOCKS
 from .checks import missing_effect, value_of
 from .options import Needs, Option, option
 from .reading import FAULTY, Faults, shown
 from .schema import Found
-
-ALL_BLOCKS = -1
-"""As many blocks as can be swapped."""
 
 _PRESETS: dict[str, dict[str, object]] = {
     "fast": {},
@@ -37,7 +35,7 @@ class MemoryOptions:
         1,
         minimum=1,
         only_with=(_CHECKPOINTED,),
-        help="Recompute the activations of every so-manieth block only: 2 costs half the time and saves half the "
+        help="Recompute the activations of every n-th block only: 2 costs half the time and saves half the "
         "memory of 1.",
     )
     blocks_to_swap: int = option(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from ..adapters.targets import ATTN_MLP, PRESETS
 from .arguments import read_by_pattern
 from .checks import check_factor, check_patterns, check_ranks, check_rates, check_targets
 from .foreign import OTHER_NETWORKS
 from .options import Needs, option
+from .reading import shown
 
 # The list of `key=value` texts whose keys are the fields that say `inside`.
 ARGUMENT_LISTS = {"network_args": "Further options of the adapter, each written key=value."}
@@ -56,11 +58,11 @@ class NetworkOptions:
         True, also_inside="network_args", help="Train the affine norms of what is adapted, as deltas in the adapter."
     )
     target_modules: tuple[str, ...] = option(
-        ("attn-mlp",),
+        (ATTN_MLP,),
         inside="network_args",
         check=check_targets,
         only_with=_OWN_DIMS,
-        help='Layers to adapt: "attn-mlp", "attn-mlp-adaln", "all-linear", or patterns of module names.',
+        help=f"Layers to adapt: {', '.join(shown(preset) for preset in PRESETS)}, or patterns of module names.",
     )
     train_llm_adapter: bool = option(False, inside="network_args", help="Also adapt the text conditioner.")
     use_dora: bool = option(

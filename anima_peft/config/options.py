@@ -66,7 +66,6 @@ class Rules:
         choices: the only values taken.
         synonyms: other spellings of a choice.
         refused: values that other trainers take, each with the reason and what to use instead.
-        ignore_case: compare choices without regard to case.
         minimum, above, maximum, below: bounds of a number; `above` and `below` exclude the bound itself.
         inside: the `key=value` list that this option is written in, e.g. "network_args".
         also_inside: a `key=value` list in which an option with a key of its own may stand as well.
@@ -82,7 +81,6 @@ class Rules:
     choices: tuple[str, ...] = ()
     synonyms: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    ignore_case: bool = False
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None

@@ -39,6 +39,8 @@ class PromptLine:
 
 
 def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """What reads an integer within these bounds; it raises InputError for anything else."""
+
     def parse(text: str) -> int:
         expected = f"an integer {f'of at least {minimum}' if maximum is None else f'from {minimum} to {maximum}'}"
         try:
@@ -58,6 +60,8 @@ def _size(text: str) -> int:
 
 
 def _number(described: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """What reads a finite number that is allowed; it raises InputError for anything else, as not what is described."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)

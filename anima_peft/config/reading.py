@@ -237,8 +237,6 @@ def _text(option: Option, raw: object) -> str | None:
         spelled = rules.synonyms.get(raw, raw)
         if spelled in rules.refused:
             raise InputError(f"{shown(raw)} {rules.refused[spelled]}")
-        if rules.ignore_case:
-            spelled = {choice.lower(): choice for choice in rules.choices}.get(spelled.lower(), spelled)
         if spelled not in rules.choices:
             raise unexpected(option, raw)
         return spelled

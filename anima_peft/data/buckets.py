@@ -14,6 +14,8 @@ from ..errors import InputError
 from .specs import DatasetSpec
 
 SIDE_MULTIPLE = 16
+VAE_FACTOR = 8
+"""Pixels of a picture's side to one of its latents'."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import stat
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,20 +49,6 @@ logger = logging.getLogger(__name__)
 def cache_folder(image_dir: Path, cache_dir: Path | None) -> Path:
     """Where the entries of a folder of pictures lie: `cache_dir` if given, else `<image_dir>/.anima_cache`."""
     return image_dir / CACHE_FOLDER_NAME if cache_dir is None else cache_dir
-
-
-def require_writable(folder: Path) -> None:
-    """Make `folder` if missing and try a file in it, which leaves no trace.
-
-    Raises:
-        InputError: nothing can be written there; names the option `cache_dir`.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -27,8 +27,10 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import require_writable
 from ..terminal import progress_bar
-from .cache import TensorCache, cache_folder, cache_key, require_writable
+from .buckets import VAE_FACTOR
+from .cache import TensorCache, cache_folder, cache_key
 from .masks import MaskSource, load_mask
 from .pictures import Picture, load_pixels
 
@@ -36,7 +38,6 @@ from .pictures import Picture, load_pixels
 LATENTS_FORMAT = 1
 TEXT_FORMAT = 1
 MASK_FORMAT = 1
-VAE_FACTOR = 8
 _VARIANT = 0  # part of the keys of text since a caption had one encoding only
 _THREADS = min(8, os.cpu_count() or 1)
 # Pictures, and at least two batches: a graphics card encodes several while one thread decodes one.
@@ -89,7 +90,7 @@ class _Wanted(Generic[Source]):
         self._paths: dict[str, str] = {}
 
     def add(self, cache: TensorCache, key: str, source: Source) -> str:
-        """The path where the entry is or will be."""
+        """Note that a run needs the entry `key`, to be made from `source` where it is missing; returns its path."""
         if key not in self._paths:
             self._paths[key] = cache.file(key)
             if not cache.contains(key):
@@ -105,7 +106,7 @@ class _Plan(Generic[File, Source]):
         self._missing = missing
         # Now, and not after the encoders were loaded, which takes long.
         for folder in dict.fromkeys(item.cache.folder for item in missing):
-            require_writable(folder)
+            require_writable("cache_dir", folder)
 
     @property
     def missing(self) -> int:
@@ -277,6 +278,7 @@ def plan_latents(pictures: Sequence[Picture], *, model: str, cache_dir: Path | N
     cache_of = _caches("latents", cache_dir)
 
     def add(picture: Picture, flip: bool) -> str:
+        """The path of a picture's latents; its key is made of all that decides them."""
         # Only where it is set, so that entries from before it could be set are found.
         filter_of_resize = {} if picture.interpolation is None else {"interpolation": picture.interpolation}
         key = cache_key(
@@ -309,6 +311,7 @@ def plan_masks(pictures: Sequence[Picture], *, cache_dir: Path | None = None) ->
     cache_of = _caches("masks", cache_dir)
 
     def add(picture: Picture, mask: MaskSource) -> str:
+        """The path of a picture's mask; its key is made of all that decides it."""
         key = cache_key(
             format=MASK_FORMAT,
             mask=mask.sha256,

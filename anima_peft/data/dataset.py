@@ -18,8 +18,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
+from .buckets import VAE_FACTOR
 from .cache import read_entry
-from .caching import VAE_FACTOR, LatentFiles
+from .caching import LatentFiles
 from .caption_choice import CaptionChoice
 from .masks import load_mask
 from .pictures import Picture, load_pixels

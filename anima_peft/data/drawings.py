@@ -10,19 +10,20 @@ from .pictures import Picture, decode
 from .summary import cropped_share
 
 _CELL, _LABEL, _GAP = 168, 34, 8
+_MOST_COLUMNS = 6
 _PAPER, _INK, _FADED = (255, 255, 255), (20, 20, 20), (235, 238, 242)
 _FRAME = (220, 40, 40)
 _FONT_SIZE = 13
 
 
-def contact_sheet(pictures: Sequence[Picture], columns: int = 6) -> Image.Image:
+def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     """Every picture whole and small, in numbered cells, with a frame around what is trained; what is cut off is pale.
 
     Raises:
         InputError: a picture cannot be read any more.
     """
     font = _font()
-    columns = min(columns, len(pictures))
+    columns = min(_MOST_COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns)
     width, height = columns * (_CELL + _GAP) + _GAP, rows * (_CELL + _LABEL + _GAP) + _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)

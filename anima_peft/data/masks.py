@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
-from .buckets import Placement
+from .buckets import VAE_FACTOR, Placement
 from .cache import read_unchanged
 from .pixels import DECODE_ERRORS, decode_alpha, decode_rgb, fit
-
-LATENT_PIXELS = 8  # a latent's side in pixels
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ def load_mask(source: MaskSource, placement: Placement, crop: tuple[int, int] | 
     except DECODE_ERRORS as error:
         raise InputError(f"{source.path}: cannot read this mask ({error}); replace or remove it") from error
     if image is None:
-        return torch.ones(1, placement.bucket[1] // LATENT_PIXELS, placement.bucket[0] // LATENT_PIXELS)
+        return torch.ones(1, placement.bucket[1] // VAE_FACTOR, placement.bucket[0] // VAE_FACTOR)
     if source.from_alpha:
         image = Image.merge("RGB", (image, image, image))
     placed = placement if crop is None else replace(placement, crop=crop)
     # The box filter makes no values beyond those of the mask, where a side grows.
     pixels = fit(image, placed, flip=False, interpolation="area")[:1]
-    return torch.nn.functional.avg_pool2d((pixels + 1) / 2, LATENT_PIXELS).clamp(0, 1)
+    return torch.nn.functional.avg_pool2d((pixels + 1) / 2, VAE_FACTOR).clamp(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +22,7 @@ from .cache import INDEX_NAME, FileFacts, FileIndex, Stamp, cache_folder, file_s
 from .finding import Found, find
 from .masks import MaskSource
 from .pixels import DECODE_ERRORS, MOST_PICTURE_BYTES, decode_rgb, fit, look_over
-from .randomness import mix
+from .sets import balance, hold_out
 from .specs import AS_WRITTEN, CaptionSpec, DatasetSpec
 from .variation import Variation, change_colors
 
@@ -66,7 +66,6 @@ class Picture:
     """Where the loss counts; None for everywhere."""
     interpolation: str | None = None
     """Filter for resizing, None for the usual ones."""
-
     held_out: bool = False
     """Whether it is looked at for validation, and not trained on."""
 
@@ -98,21 +97,9 @@ def scan(
     """
     faults: list[str] = []
     found = list(find(datasets, faults))
-    indexes: dict[Path, FileIndex] = {}
-
-    @cache
-    def index_beside(folder: Path) -> FileIndex:
-        cached = cache_folder(folder, cache_dir)
-        if cached not in indexes:
-            indexes[cached] = FileIndex(cached)
-        return indexes[cached]
-
-    @cache
-    def placement_of(dataset: int, size: tuple[int, int]) -> Placement:
-        return place(size, datasets[dataset])
-
-    wanted = {path: index_beside(f.path.parent) for f in found for path in (f.path, f.mask) if path}
-    facts = _gather_facts(wanted, faults, progress)
+    indexes = _indexes(found, cache_dir)
+    facts = _gather_facts(indexes, faults, progress)
+    placement_of = cache(lambda dataset, size: place(size, datasets[dataset]))
     pictures: list[Picture] = []
     small: list[Path] = []
     for file in found:
@@ -126,22 +113,11 @@ def scan(
     faults += _emptied(datasets, found, pictures, small)
     if faults:
         raise InputError.from_faults("The dataset cannot be used:", dict.fromkeys(faults))
-    for index in indexes.values():
+    for index in dict.fromkeys(indexes.values()):
         index.save()
-    _warn("%d pictures are left out, because they are not larger than skip_image_resolution: %s", small)
-    _warn(
-        "%d pictures are animations, of which only the first frame is trained: %s",
-        [file.path for file in found if facts[file.path].animated],
-    )
-    _warn(
-        "%d pictures have neither a caption nor class_tokens and are trained with an empty caption: %s",
-        [file.path for file in found if file.caption is None],
-    )
-    _warn(
-        "%d pictures have several captions, of which only the first is used; set enable_wildcard to use all: %s",
-        [file.path for file in found if file.leaves_lines],
-    )
-    return tuple(_balanced(_split(pictures, datasets)))
+    kept, unused = balance(hold_out(pictures, datasets))
+    _report(found, facts, small, unused)
+    return tuple(kept)
 
 
 def decode(picture: Picture) -> Image.Image:
@@ -186,6 +162,37 @@ def load_pixels(picture: Picture, flip: bool, variation: Variation | None = None
         image = change_colors(image, variation)
         placement = replace(placement, crop=variation.crop)
     return fit(image, placement, flip, picture.interpolation)
+
+
+def _indexes(found: Sequence[Found], cache_dir: Path | None) -> dict[Path, FileIndex]:
+    """For each file of pictures and masks the index that knows it; each index is read once."""
+    read = cache(FileIndex)
+
+    @cache
+    def beside(folder: Path) -> FileIndex:
+        return read(cache_folder(folder, cache_dir))
+
+    return {path: beside(file.path.parent) for file in found for path in (file.path, file.mask) if path}
+
+
+def _report(
+    found: Sequence[Found], facts: Mapping[Path, FileFacts], small: Sequence[Path], unused: Sequence[Path]
+) -> None:
+    """Warn of what is left out or used in part, one sentence for each kind."""
+    _warn("%d pictures are left out, because they are not larger than skip_image_resolution: %s", small)
+    _warn(
+        "%d pictures are animations, of which only the first frame is trained: %s",
+        [file.path for file in found if facts[file.path].animated],
+    )
+    _warn(
+        "%d pictures have neither a caption nor class_tokens and are trained with an empty caption: %s",
+        [file.path for file in found if file.caption is None],
+    )
+    _warn(
+        "%d pictures have several captions, of which only the first is used; set enable_wildcard to use all: %s",
+        [file.path for file in found if file.leaves_lines],
+    )
+    _warn("%d regularisation pictures are left out, because there are enough without them: %s", unused)
 
 
 def _gather_facts(indexes: dict[Path, FileIndex], faults: list[str], progress: bool) -> dict[Path, FileFacts]:
@@ -302,69 +309,6 @@ def _emptied(
         elif left and all(picture.is_reg for picture in left):
             faults.append(f"datasets[{index}]: only regularisation pictures (is_reg), and nothing to balance them with")
     return faults
-
-
-def _split(pictures: Sequence[Picture], datasets: Sequence[DatasetSpec]) -> list[Picture]:
-    """The pictures, of which each dataset's share for validation is held out, and shown there as it is.
-
-    Which they are depends on the seed and the content alone: the order decides nothing, and a picture that is added
-    puts at most one other on the other side. Regularisation pictures are not held out.
-    """
-    held: set[tuple[int, Path]] = set()
-    for index, dataset in enumerate(datasets):
-        own = [p for p in pictures if p.dataset_index == index and not p.is_reg]
-        if dataset.validation_split and len(own) > 1:
-            order = sorted(own, key=lambda p: (mix(dataset.validation_seed, p.sha256, "validation"), p.path))
-            count = min(max(round(len(own) * dataset.validation_split), 1), len(own) - 1)
-            held |= {(index, picture.path) for picture in order[:count]}
-    return [_held_out(p) if (p.dataset_index, p.path) in held else p for p in pictures]
-
-
-def _held_out(picture: Picture) -> Picture:
-    captions = replace(
-        picture.captions,
-        caption_dropout_rate=0.0,
-        caption_dropout_every_n_epochs=0,
-        shuffle_caption=False,
-        caption_tag_dropout_rate=0.0,
-        token_warmup_step=0,
-    )
-    return replace(
-        picture,
-        held_out=True,
-        num_repeats=1,
-        flip_aug=False,
-        color_aug=False,
-        random_crop=False,
-        captions=captions,
-    )
-
-
-def _balanced(pictures: Sequence[Picture]) -> list[Picture]:
-    """The pictures, with regularisation pictures repeated to the number of the others in their dataset.
-
-    As sd-scripts does it (library/train_util.py, `DreamBoothDataset`): each with its own repeats in turn until there
-    are enough, the rest left out; if there are too few, one repeat more for each in turn.
-    """
-    kept: list[Picture] = []
-    unused: list[Path] = []
-    for index in dict.fromkeys(picture.dataset_index for picture in pictures):
-        own = [picture for picture in pictures if picture.dataset_index == index]
-        wanted = sum(picture.num_repeats for picture in own if not picture.is_reg and not picture.held_out)
-        taken: list[Picture] = []
-        lacking = wanted
-        for picture in (picture for picture in own if picture.is_reg):
-            if lacking > 0:
-                taken.append(picture)
-                lacking -= picture.num_repeats
-            else:
-                unused.append(picture.path)
-        if taken and lacking > 0:
-            each, rest = divmod(lacking, len(taken))
-            taken = [replace(p, num_repeats=p.num_repeats + each + (i < rest)) for i, p in enumerate(taken)]
-        kept += [picture for picture in own if not picture.is_reg] + taken
-    _warn("%d regularisation pictures are left out, because there are enough without them: %s", unused)
-    return kept
 
 
 def _unreadable(path: Path, error: BaseException) -> str:

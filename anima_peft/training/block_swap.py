@@ -18,6 +18,7 @@ from ..errors import InputError
 logger = logging.getLogger(__name__)
 
 ALL_BLOCKS = -1
+"""As many blocks as can be swapped."""
 _SLOTS = 2
 
 

@@ -103,6 +103,7 @@ def cache_latents(
         plan = plan_latents(pictures, model=f"{model_hash}/{compute}{'/tiled' if tiling else ''}", cache_dir=cache_dir)
 
     def encode_part(part: LatentsPlan) -> None:
+        """Encode what is missing of this process's part, with the VAE on the device for as long."""
         encode = latent_encoder(vae, dtype, device, tiling=tiling)
         try:
             part.encode(encode, batch_size=batch_size, progress=processes.is_local_main)
@@ -230,6 +231,7 @@ def cache_captions(
             report_cut_captions(captions, models)
 
     def encode_part(part: CaptionsPlan) -> None:
+        """Encode what is missing of this process's part, with Qwen3 and the conditioner on the device for as long."""
         encode = models.encoder()
         part.encode(encode, batch_size=_CAPTION_BATCH, progress=processes.is_local_main)
         models.model.text_conditioner.to("cpu")
@@ -246,6 +248,8 @@ _Rows = list[dict[str, torch.Tensor]]
 def _caption_encoder(
     text_encoder: Any, tokenizer: Any, t5_tokenizer: Any, max_length: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[list[str]], _Rows]:
+    """From captions to the conditioner's inputs: `qwen_hidden_states` (N, D) of `dtype`, `t5_input_ids` (M,) int64."""
+
     def encode(captions: list[str]) -> _Rows:
         hidden, mask = encode_qwen(text_encoder, tokenizer, captions, max_length, device)
         ids, ids_mask = tokenize_t5(t5_tokenizer, captions, max_length, device)
@@ -261,6 +265,8 @@ def _caption_encoder(
 def _with_conditioner(
     encode: Callable[[list[str]], _Rows], model: AnimaTransformerModel
 ) -> Callable[[list[str]], _Rows]:
+    """What `encode` gives, brought through the conditioner: `prompt_embeds` (M, D), a row for each T5 token."""
+
     @torch.no_grad()
     def encode_further(captions: list[str]) -> _Rows:
         rows = []

@@ -15,16 +15,18 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 
+from ..data.buckets import VAE_FACTOR
 from ..data.dataset import LATENT_CHANNELS, MIN_PROMPT_ROWS
 from ..data.pictures import Picture, load_pixels
 from ..data.summary import BucketRow, bucket_rows, table
-from ..models.quantization import require_quantization
 from ..transformer import AnimaTransformerModel
+from .device import DTYPES, require_device
 from .encoding import TextModels, latent_encoder, report_cut_captions
 from .engine import engine
 from .loop import batch_loss
-from .network import add_network, load_base
-from .prepare import flow_loss, optimization, prepare_model
+from .network import add_network, load_base, locate_sources, require_weights
+from .objective import flow_loss
+from .prepare import optimization, prepare_model
 from .samples import planned_steps, steps_of_epoch
 
 if TYPE_CHECKING:
@@ -91,13 +93,12 @@ def measure(options: TrainOptions, pictures: tuple[Picture, ...]) -> Measured:
     Raises:
         InputError: a part of the model cannot be loaded.
     """
-    from .run import DTYPES, locate_sources  # which imports what trains
-
     rows = bucket_rows(pictures)
     loop, dtype = options.loop, DTYPES[options.loop.mixed_precision]
     with engine(options) as accelerator:
         device = accelerator.device
-        require_quantization(options.memory.base_quantization, device)
+        require_device(options, device)
+        require_weights(options)
         sources = locate_sources(options)
         encoding = _encoding_times(rows, pictures, sources.vae, dtype, device, tiling=options.memory.vae_tiling)
         model = load_base(sources.transformer, options, dtype, device)
@@ -157,7 +158,7 @@ def _batch_times(
     times = []
     for row in rows:
         size = _batch_size(row, pictures)
-        shape = (size, LATENT_CHANNELS, row.bucket[1] // 8, row.bucket[0] // 8)
+        shape = (size, LATENT_CHANNELS, row.bucket[1] // VAE_FACTOR, row.bucket[0] // VAE_FACTOR)
         batch = {
             "latents": torch.zeros(shape, device=device),
             "noise": torch.randn(shape, device=device),

@@ -1,4 +1,4 @@
-"""From the options to the adapter that is trained, and to the base that it is trained on."""
+"""From the options to the adapter that is trained, and to the model that it is trained on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..adapters.targets import first_matches, select_targets
 from ..data.cache import FileIndex, cache_key
 from ..errors import InputError
 from ..models.quantization import quantize_dit
+from ..models.sources import ModelSources, resolve_sources
 from ..transformer import AnimaTransformerModel
 from .block_swap import require_swappable
 from .state import ADAPTER_NAME
@@ -28,6 +29,24 @@ if TYPE_CHECKING:
     from ..config import TrainOptions
 
 logger = logging.getLogger(__name__)
+
+
+def locate_sources(options: TrainOptions) -> ModelSources:
+    """Where each part of the model is; what the tokenizers' folders lack is fetched.
+
+    Raises:
+        InputError: a part is missing, or cannot be fetched.
+    """
+    model = options.model
+    return resolve_sources(
+        model.anima_transformer,
+        vae=model.vae,
+        qwen=model.qwen,
+        qwen_tokenizer_dir=model.qwen_tokenizer_dir,
+        t5_tokenizer_dir=model.t5_tokenizer_dir,
+        qwen_tokenizer_sources=model.qwen_tokenizer_sources,
+        t5_tokenizer_sources=model.t5_tokenizer_sources,
+    )
 
 
 def require_weights(options: TrainOptions) -> None:

@@ -38,6 +38,7 @@ class Outputs:
 
     @property
     def final(self) -> Path:
+        """The adapter's file at the run's end."""
         return self.folder / f"{self.name}{SUFFIX}"
 
     @property
@@ -64,6 +65,11 @@ class Outputs:
     def strip(self) -> Path:
         """The previews over time in one picture."""
         return self.folder / f"{self.name}-previews.png"
+
+    @property
+    def lock(self) -> Path:
+        """What a run at work holds; see `run_lock`."""
+        return self.folder / f".{self.name}.lock"
 
     def compared(self, number: int, label: str) -> Path:
         """Picture of the comparison's prompt with this number, from 1, "without" or "with" the adapter."""
@@ -161,7 +167,7 @@ def require_free(outputs: Outputs, *, overwrite: bool, resume: bool) -> None:
     """Refuse to start over an earlier run's files. A record alone is none: that run has saved nothing.
 
     Args:
-        resume: whether this very folder's run goes on.
+        resume: whether the run goes on that these files are of.
 
     Raises:
         InputError: such files exist, and neither `--overwrite` nor `--resume` was given.

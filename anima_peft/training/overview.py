@@ -15,6 +15,7 @@ from ..data.summary import table_rows
 from ..transformer import AnimaTransformerModel
 from .metadata import RunFacts
 from .outputs import Outputs
+from .samples import steps_of_epoch
 
 if TYPE_CHECKING:
     from ..config import RunConfig, TrainOptions
@@ -74,7 +75,7 @@ def run_facts(
         "version": __version__,
         "name": config.train.save.output_name,
         "total_steps": facts.total_steps,
-        "steps_per_epoch": -(-facts.batches_per_epoch // config.train.loop.gradient_accumulation_steps),
+        "steps_per_epoch": steps_of_epoch(config.train.loop, facts.batches_per_epoch),
         "overview": [list(row) for row in about],
         "pictures": table_rows(pictures),
         "notes": list(notes),
@@ -100,7 +101,7 @@ def _schedule(options: TrainOptions) -> str:
 
 def _steps(options: TrainOptions, facts: RunFacts) -> str:
     accumulated = options.loop.gradient_accumulation_steps
-    per_epoch = -(-facts.batches_per_epoch // accumulated)
+    per_epoch = steps_of_epoch(options.loop, facts.batches_per_epoch)
     of = f" of {accumulated} batches" if accumulated > 1 else ""
     return f"{facts.total_steps}{of} ({facts.total_steps / per_epoch:.3g} epochs)"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -24,19 +24,18 @@ from .averages import AdapterAverage
 from .block_swap import swap_blocks
 from .checkpointing import checkpoint_blocks
 from .compiling import compile_blocks
-from .flow import NoiseSampler, SigmaSampler
 from .groups import Rates, group_parameters
 from .loop import Parts
-from .losses import FlowLoss
+from .objective import flow_loss
 from .optimizers import build_optimizer, sets_own_rate
 from .processes import Processes
 from .requests import leave_signals_to_parent
+from .samples import Samples
 from .schedules import ADAFACTOR, as_steps, build_custom_scheduler, build_scheduler
 from .state import ADAPTER_NAME
 
 if TYPE_CHECKING:
-    from ..config import TrainOptions
-    from .samples import Samples
+    from ..config import LoopOptions, TrainOptions
 
 
 def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerator: Accelerator) -> None:
@@ -85,39 +84,18 @@ def prepare_parts(
     Raises:
         InputError: a pattern of rates matches nothing, nothing would be trained, or the schedule cannot be built.
     """
-    loop = options.loop
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in parameters}, "something besides the adapter would be trained"
     optimizer, scheduler, average = optimization(model, options, total_steps)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    loader = DataLoader(
-        samples.dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=loop.max_data_loader_n_workers,
-        persistent_workers=loop.persistent_data_loader_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
-        # Each start of a loader draws a number. Out of torch's own generator, a resumed run would be one draw ahead.
-        generator=torch.Generator(),
-    )
     ready_model, ready_optimizer, ready_scheduler = accelerator.prepare(
         model, optimizer, scheduler, device_placement=[False, True, True]
-    )
-    # The sampler has shared the batches out.
-    ready_loader = prepare_data_loader(
-        loader,
-        accelerator.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=True,
-        non_blocking=True,  # out of pinned memory, while the card computes
     )
     return Parts(
         ready_model,
         ready_optimizer,
         ready_scheduler,
-        ready_loader,
+        _loader(accelerator, options.loop, samples, sampler),
         sampler,
         parameters,
         average,
@@ -126,6 +104,31 @@ def prepare_parts(
         samples.complete,
         processes,
         options.model.anima_seq_len > MIN_PROMPT_ROWS,
+    )
+
+
+def _loader(
+    accelerator: Accelerator, options: LoopOptions, samples: Samples, sampler: BucketBatchSampler
+) -> DataLoaderShard:
+    """Batches of `collate` on the device, those that the sampler has shared out to this process."""
+    loader = DataLoader(
+        samples.dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=options.max_data_loader_n_workers,
+        persistent_workers=options.persistent_data_loader_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+        # Each start of a loader draws a number. Out of torch's own generator, a resumed run would be one draw ahead.
+        generator=torch.Generator(),
+    )
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=1,  # more would share the batches out a second time
+        process_index=0,
+        put_on_device=True,
+        non_blocking=True,  # out of pinned memory, while the card computes
     )
 
 
@@ -173,45 +176,6 @@ def _scheduler(
         timescale=schedule.lr_scheduler_timescale,
         min_lr_ratio=schedule.lr_scheduler_min_lr_ratio,
         arguments=schedule.arguments,
-    )
-
-
-def sigma_sampler(options: TrainOptions) -> SigmaSampler:
-    """How the options draw noise levels."""
-    flow = options.flow
-    return SigmaSampler(
-        flow.timestep_sampling,  # type: ignore[arg-type]  # one of its choices
-        flow.sigmoid_scale,
-        flow.discrete_flow_shift,
-        options.loss.weighting_scheme,  # type: ignore[arg-type]
-        flow.logit_mean,
-        flow.logit_std,
-        flow.mode_scale,
-        flow.min_timestep / 1000,
-        flow.max_timestep / 1000,
-    )
-
-
-def noise_sampler(options: TrainOptions) -> NoiseSampler:
-    """How the options draw noise."""
-    flow = options.flow
-    return NoiseSampler(
-        flow.noise_offset,
-        flow.noise_offset_random_strength,
-        flow.ip_noise_gamma,
-        flow.ip_noise_gamma_random_strength,
-    )
-
-
-def flow_loss(options: TrainOptions) -> FlowLoss:
-    """The options' loss."""
-    loss = options.loss
-    return FlowLoss(
-        loss.loss_type,  # type: ignore[arg-type]  # one of its choices
-        loss.huber_c,
-        loss.huber_schedule,  # type: ignore[arg-type]
-        loss.huber_scale,
-        loss.weighting_scheme,  # type: ignore[arg-type]
     )
 
 

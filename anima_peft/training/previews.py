@@ -20,6 +20,7 @@ from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
 from .compiling import uncompiled
 from .outputs import Outputs
+from .thinning import evenly
 from .tracking import log_picture, record_of
 
 logger = logging.getLogger(__name__)
@@ -162,11 +163,9 @@ class Previews:
         """At the end: one picture with a row for each prompt and a column for each time; None if there was only one."""
         if not self._accelerator.is_main_process:
             return None
-        steps = sorted(self._drawn)
+        steps = evenly(sorted(self._drawn), _MOST_COLUMNS)
         if len(steps) < 2:
             return None
-        if len(steps) > _MOST_COLUMNS:  # evenly, with the first and the last
-            steps = [steps[round(i * (len(steps) - 1) / (_MOST_COLUMNS - 1))] for i in range(_MOST_COLUMNS)]
         rows = []
         for number in range(1, len(self._requests) + 1):
             with_all = [self._path(step, number) for step in steps]

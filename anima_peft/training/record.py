@@ -71,7 +71,7 @@ class Record(GeneralTracker):
         Args:
             step: optimizer steps done.
             facts: what the report says of the run, of JSON's types.
-            continued: whether this folder's run goes on; else what the file held is replaced.
+            continued: whether the run goes on that the file is of; else what it held is replaced.
         """
         self._kept = list(_up_to(self.path, step)) if continued else []
         self._has_steps = bool(self._kept)

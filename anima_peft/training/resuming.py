@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.dataset import BucketBatchSampler, SampleTable
+from ..data.pictures import Picture
 from ..files import require_writable
 from .outputs import Outputs, require_free
 from .processes import Processes
 from .requests import Requests
-from .state import BATCH_SIZES, Progress, latest_state, read_progress, settle
+from .run_lock import is_running
+from .settings import other_settings, state_settings
+from .state import (
+    BATCH_SIZES,
+    Progress,
+    latest_state,
+    read_progress,
+    require_same_settings,
+    settle,
+    warn_of_changes,
+)
 
 if TYPE_CHECKING:
     from ..config import TrainOptions
@@ -24,7 +36,9 @@ logger = logging.getLogger(__name__)
 def begin(
     options: TrainOptions, outputs: Outputs, log_root: Path, requests: Requests, processes: Processes
 ) -> tuple[Path | None, Progress, bool]:
-    """The state that the run goes on from, if it does, where it stands, and whether the state is of this folder.
+    """The state that the run goes on from, if it does, where it stands, and whether the state is of this very run.
+
+    Called with the lock of these outputs.
 
     Raises:
         InputError: there is no such state, or it cannot be read; the run's files cannot be written, or are there.
@@ -34,17 +48,21 @@ def begin(
     resume = processes.from_main(found)
     with processes.together():
         progress = read_progress(resume) if resume else Progress()
-        continued = resume is not None and resume.resolve().parent == outputs.folder.resolve()
-        if not continued:  # what another folder's run has saved is not this one's to drop
+        continued = resume is not None and _is_of(resume.resolve(), outputs)
+        if not continued:  # what another run has saved is not this one's to drop
             progress.saved_steps, progress.saved_epochs = [], []
         progress.started = progress.started or datetime.now(UTC).isoformat()
         if processes.is_main:
             require_free(outputs, overwrite=options.save.overwrite, resume=continued)
-            require_writable("output_dir", outputs.folder)
             requests.forget_earlier()
             if options.log.log_with != "none":
                 require_writable("logging_dir", log_root)
     return resume, progress, continued
+
+
+def _is_of(state: Path, outputs: Outputs) -> bool:
+    """Whether a run of this name in this folder has written a state."""
+    return state.parent == outputs.folder.resolve() and outputs.owns(state.name)
 
 
 def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
@@ -54,8 +72,45 @@ def _resume_from(given: str | None, outputs: Outputs) -> Path | None:
         return latest_state(outputs)
     if given is None:
         return None
-    settle(Outputs.of_state(Path(given)))
+    other = Outputs.of_state(Path(given))
+    if not is_running(other):  # neither this run, whose outputs are settled, nor one that is writing there
+        settle(other)
     return Path(given)
+
+
+def take_up(
+    progress: Progress,
+    resume: Path | None,
+    options: TrainOptions,
+    pictures: Sequence[Picture],
+    table: SampleTable,
+    processes: Processes,
+) -> None:
+    """Compare what the state was made with to what is asked for now, and note the latter in `progress`.
+
+    Args:
+        progress: changed in place.
+        resume: the state's folder; None for a run that begins.
+        options: of the run.
+        pictures: all that were found, those that are held out among them.
+        table: of the samples that are trained on.
+        processes: that train now.
+
+    Raises:
+        InputError: settings differ that a state cannot be continued without.
+    """
+    settings, noted = state_settings(options, pictures), other_settings(options)
+    if resume is not None:
+        require_same_settings(progress, settings, resume, processes=processes.count)
+        warn_of_changes(progress, noted, resume)
+    change_processes(
+        progress,
+        table,
+        seed=options.loop.seed,
+        processes=processes.count,
+        batches_per_step=options.loop.gradient_accumulation_steps,
+    )
+    progress.settings, progress.noted = settings, noted
 
 
 def change_processes(

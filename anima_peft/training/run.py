@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -24,18 +25,15 @@ from ..data.summary import summary
 from ..errors import InputError
 from ..generation import Request
 from ..models.encoders import check_encoders
-from ..models.quantization import require_quantization
-from ..models.sources import ModelSources, resolve_sources
+from ..models.sources import ModelSources
 from ..transformer import AnimaTransformerModel
-from .attention import require_attention
-from .averages import AdapterAverage
 from .comparison import draw_comparison
-from .compiling import require_compiler, uncompiled
+from .compiling import uncompiled
+from .device import DTYPES, require_device
 from .encoding import ModelHashes, TextModels, hash_model
 from .engine import engine
 from .metadata import RunFacts, dataset_metadata, training_metadata
-from .network import add_network, hash_merged, load_base, require_weights
-from .optimizers import needs_card
+from .network import add_network, hash_merged, load_base, locate_sources, require_weights
 from .outputs import Outputs, is_final_state, resolve_folder
 from .overview import held_out_note, overview, overview_text, run_facts
 from .prepare import prepare_model, prepare_parts
@@ -45,11 +43,11 @@ from .random_states import start_random_states
 from .record import Record
 from .report import reporting
 from .requests import Requests
-from .resuming import begin, change_processes
-from .samples import Samples, planned_steps, prepare_held_out, prepare_samples, steps_ahead, steps_of_epoch
+from .resuming import begin, take_up
+from .run_lock import run_lock
+from .samples import planned_steps, prepare_held_out, prepare_samples, steps_ahead, steps_of_epoch
 from .saving import Saver
-from .settings import other_settings, state_settings
-from .state import ADAPTER_NAME, Progress, load_state, register, require_same_settings, warn_of_changes
+from .state import ADAPTER_NAME, Progress, load_state, register
 from .tracking import log_picture, make_trackers, place_of_logs, record_of, start_tracking
 from .validation import Validation
 from .watch import run_watched
@@ -59,8 +57,6 @@ if TYPE_CHECKING:
     from ..config.prompts import PromptLine
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -90,26 +86,31 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
     """Train an adapter.
 
     The configuration's values, model files, pictures and captions are looked at, and everything is encoded, before the
-    first step and before anything appears in `output_dir`.
+    first step and before anything but the run's lock appears in `output_dir`.
 
     Raises:
-        InputError: a fault in the configuration's values, the model's files, the pictures or the captions.
+        InputError: a fault in the configuration's values, the model's files, the pictures or the captions, or another
+            run that is at work under the same name in the same folder.
         TrainingError: the loss is not finite, or there is not enough memory.
         Interrupted: a signal or a file asked for the end; adapter and state are saved.
     """
     options, now = config.train, datetime.now()
     own = _outputs(options, now)  # those of the main process count
     logs, record = place_of_logs(config, own.folder, now), Record(own.record)
-    with engine(options, make_trackers(config, logs, record)) as accelerator, reporting(record, own):
+    trackers = make_trackers(config, logs, record)
+    # The lock is let go last, when the report is written.
+    with ExitStack() as held, engine(options, trackers) as accelerator, reporting(record, own):
         processes = Processes(accelerator)
         outputs = _outputs(options, processes.from_main(now))
+        with processes.together():
+            if processes.is_main:
+                held.enter_context(run_lock(outputs))
         requests = Requests(outputs, processes)
         resume, progress, continued = begin(options, outputs, logs.root, requests, processes)
         for warning in config.warnings:
             logger.warning(warning)
-        dtype = DTYPES[options.loop.mixed_precision]
         with processes.together():
-            _require_device(options, accelerator.device, dtype)
+            require_device(options, accelerator.device)
             require_weights(options)
         cache_dir = Path(options.loop.cache_dir) if options.loop.cache_dir else None
         with processes.local_main_first():  # one process of a machine fetches what is missing, and fills the index
@@ -118,10 +119,6 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             found = scan(config.datasets, cache_dir=cache_dir)
         pictures = tuple(picture for picture in found if not picture.held_out)
         held_out = tuple(picture for picture in found if picture.held_out)
-        settings, noted = state_settings(options, found), other_settings(options)
-        if resume:
-            require_same_settings(progress, settings, resume, processes=processes.count)
-            warn_of_changes(progress, noted, resume)
         table = SampleTable(pictures)
         sampler = BucketBatchSampler(
             table.groups,
@@ -130,16 +127,10 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             processes=processes.count,
             process=processes.index,
         )
-        change_processes(
-            progress,
-            table,
-            seed=options.loop.seed,
-            processes=processes.count,
-            batches_per_step=options.loop.gradient_accumulation_steps,
-        )
-        progress.settings, progress.noted = settings, noted
+        take_up(progress, resume, options, found, table, processes)
 
         with processes.together():
+            dtype = DTYPES[options.loop.mixed_precision]
             model = load_base(sources.transformer, options, dtype, accelerator.device)
             set_seed(options.loop.seed)  # for the adapter's initial values; samples have generators of their own
             parameters = add_network(model, options)
@@ -148,20 +139,14 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             index = FileIndex(cache_folder(pictures[0].path.parent, cache_dir), MODEL_INDEX_NAME)
             merged = hash_merged(options, index)
             hashes = hash_model(sources, index)
-        text_hash = "/".join(filter(None, (hashes.text, hashes.transformer, merged)))
         ahead = steps_ahead(options.loop, len(sampler), progress)
         facts = _plan(options, sources, hashes, batches=len(sampler), ahead=ahead)
-        # At the last step there may be files to write yet, if the run was killed there.
-        if resume and (progress.step > facts.total_steps or _is_done(resume, progress, facts)):
-            raise InputError(
-                f"resume: {resume} stands at step {progress.step}, and the run ends at step {facts.total_steps}; "
-                "raise max_train_steps or max_train_epochs to go on."
-            )
+        _require_steps_left(resume, progress, facts)
 
         text = TextModels(
             sources,
             model,
-            text_hash,
+            "/".join(filter(None, (hashes.text, hashes.transformer, merged))),
             dtype,
             accelerator.device,
             max_length=options.model.anima_seq_len,
@@ -181,13 +166,7 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
             total_steps=facts.total_steps,
             ahead=ahead,
         )
-        validation = None
-        if held_out:
-            seed = config.datasets[held_out[0].dataset_index].validation_seed
-            measured = prepare_held_out(
-                options, held_out, sources.vae, hashes.vae, text, seed=seed, processes=processes
-            )
-            validation = _validation(accelerator, processes, model, measured, options)
+        validation = _validation(config, accelerator, processes, held_out, sources.vae, hashes.vae, text)
         with processes.together():
             previews = _previews(config, accelerator, model, sources, outputs, dtype)
             prepare_model(model, options, accelerator)
@@ -198,8 +177,8 @@ def train(config: RunConfig) -> Result:  # long by its steps: one call each, in 
                 load_state(accelerator, progress, resume, seed=options.loop.seed)
             logger.warning("Resumed %s at step %d of %d.", resume, progress.step, facts.total_steps)
         metadata = partial(training_metadata, options, dataset_metadata(pictures), facts, config.summary)
-        saver = _saver(
-            accelerator, processes, options, model, outputs, progress, parts.average, metadata, config.resolved
+        saver = Saver(
+            accelerator, processes, model, outputs, progress, parts.average, metadata, config.resolved, options.save
         )
         saver.drop_old()
         about = overview(options, facts, parts.parameters, model, accelerator.device, outputs)
@@ -234,36 +213,16 @@ def _summary(
     return summary(pictures, facts.total_steps, options.loop.gradient_accumulation_steps, notes)
 
 
-def _is_done(state: Path, progress: Progress, facts: RunFacts) -> bool:
-    return progress.step == facts.total_steps and is_final_state(state)
-
-
-def locate_sources(options: TrainOptions) -> ModelSources:
-    """Where each part is; what the tokenizers' folders lack is fetched."""
-    model = options.model
-    return resolve_sources(
-        model.anima_transformer,
-        vae=model.vae,
-        qwen=model.qwen,
-        qwen_tokenizer_dir=model.qwen_tokenizer_dir,
-        t5_tokenizer_dir=model.t5_tokenizer_dir,
-        qwen_tokenizer_sources=model.qwen_tokenizer_sources,
-        t5_tokenizer_sources=model.t5_tokenizer_sources,
-    )
-
-
-def _require_device(options: TrainOptions, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what the options ask for and this machine has not.
-
-    Raises:
-        InputError: attention kernels, a compiler, an optimizer or a quantization that need another device or a package.
-    """
-    require_attention(options.loop.attn_mode, device, dtype)
-    require_compiler(options.loop.compiler, device)
-    require_quantization(options.memory.base_quantization, device)
-    name = options.optimizer.optimizer_type
-    if needs_card(name) and device.type == "cpu":
-        raise InputError(f'optimizer_type: {name} needs a graphics card, and none is in use; "AdamW" runs everywhere.')
+def _require_steps_left(resume: Path | None, progress: Progress, facts: RunFacts) -> None:
+    """Raises InputError where a state stands at the run's end already, or beyond it."""
+    # At the last step there may be files to write yet, if the run was killed there.
+    if resume and (
+        progress.step > facts.total_steps or (progress.step == facts.total_steps and is_final_state(resume))
+    ):
+        raise InputError(
+            f"resume: {resume} stands at step {progress.step}, and the run ends at step {facts.total_steps}; "
+            "raise max_train_steps or max_train_epochs to go on."
+        )
 
 
 def _plan(options: TrainOptions, sources: ModelSources, hashes: ModelHashes, *, batches: int, ahead: int) -> RunFacts:
@@ -277,40 +236,6 @@ def _plan(options: TrainOptions, sources: ModelSources, hashes: ModelHashes, *, 
     return RunFacts(sources, hashes, batches, total, epochs=math.ceil((total - ahead) / steps_per_epoch))
 
 
-def _saver(
-    accelerator: Accelerator,
-    processes: Processes,
-    options: TrainOptions,
-    model: AnimaTransformerModel,
-    outputs: Outputs,
-    progress: Progress,
-    average: AdapterAverage,
-    metadata: partial[dict[str, str]],
-    resolved: str,
-) -> Saver:
-    save = options.save
-    return Saver(
-        accelerator,
-        processes,
-        model,
-        outputs,
-        progress,
-        average,
-        metadata,
-        resolved,
-        format=save.save_format,  # type: ignore[arg-type]  # one of its choices
-        dtype=DTYPES[save.save_precision],
-        every_steps=save.save_every_n_steps,
-        every_epochs=save.save_every_n_epochs,
-        keep_steps=save.save_last_n_steps,
-        keep_epochs=save.save_last_n_epochs,
-        keep_states_steps=save.save_last_n_steps_state,
-        keep_states_epochs=save.save_last_n_epochs_state,
-        with_state=save.save_state,
-        state_at_end=save.save_state_on_train_end,
-    )
-
-
 def _requests(lines: Sequence[PromptLine], seed: int) -> list[Request]:
     """What to draw; lines without a seed get the run's, so that pictures of one line can be compared."""
     return [
@@ -320,17 +245,23 @@ def _requests(lines: Sequence[PromptLine], seed: int) -> list[Request]:
 
 
 def _validation(
+    config: RunConfig,
     accelerator: Accelerator,
     processes: Processes,
-    model: AnimaTransformerModel,
-    samples: Samples,
-    options: TrainOptions,
-) -> Validation:
-    log = options.log
+    pictures: tuple[Picture, ...],
+    vae: Path,
+    vae_hash: str,
+    text: TextModels,
+) -> Validation | None:
+    """What measures the loss of the pictures that are held out, with these encoded; None if there are none."""
+    if not pictures:
+        return None
+    seed, log = config.datasets[pictures[0].dataset_index].validation_seed, config.train.log
+    samples = prepare_held_out(config.train, pictures, vae, vae_hash, text, seed=seed, processes=processes)
     return Validation(
         accelerator,
         processes,
-        model,
+        text.model,
         samples.dataset,
         every_steps=log.validate_every_n_steps,
         every_epochs=log.validate_every_n_epochs,

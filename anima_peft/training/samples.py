@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.caching import CaptionEncoder, LatentFiles
 from ..data.caption_choice import CaptionChoice, captions_of_run
 from ..data.dataset import BucketBatchSampler, CachedDataset, SampleKey, SampleTable
 from ..data.pictures import Picture
 from ..terminal import progress_bar
 from .encoding import TextModels, cache_captions, cache_latents, cache_masks, latent_encoder, report_cut_captions
 from .live import LiveEncoders
-from .prepare import noise_sampler, sigma_sampler
+from .objective import noise_sampler, sigma_sampler
 from .processes import Processes
 from .state import Progress
 from .text_plan import TextPlan, plan_text
@@ -72,14 +73,14 @@ def batches_of_run(
     Args:
         ahead: steps done beyond those of the epochs that were; see `steps_ahead`.
     """
-    steps_per_epoch = -(-len(sampler) // batches_per_step)
-    epochs = range(-(-(total_steps - ahead) // steps_per_epoch))
+    steps_per_epoch = math.ceil(len(sampler) / batches_per_step)
+    epochs = range(math.ceil((total_steps - ahead) / steps_per_epoch))
     # A bar only where it takes long: a million samples take about 15 seconds.
     for epoch in progress_bar(epochs, desc="choosing captions", unit="epoch", delay=2, leave=False):
         yield from sampler.batches(epoch)
 
 
-def prepare_samples(  # long by its arguments and theirs: one call each, in the order in which they happen
+def prepare_samples(
     options: TrainOptions,
     pictures: tuple[Picture, ...],
     sampler: BucketBatchSampler,
@@ -109,33 +110,14 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
     loop = options.loop
     cache_dir = Path(loop.cache_dir) if loop.cache_dir else None
     choose = CaptionChoice(loop.seed, len(sampler), loop.gradient_accumulation_steps, total_steps)
-    latents = cache_latents(
-        pictures if loop.cache_latents else (),
-        vae,
-        model_hash=vae_hash,
-        dtype=text.dtype,
-        device=text.device,
-        batch_size=loop.vae_batch_size,
-        tiling=options.memory.vae_tiling,
-        cache_dir=cache_dir,
-        processes=processes,
-    )
+    latents = _latents(options, pictures, vae, vae_hash, text, cache_dir, processes)
     masks = cache_masks(pictures, cache_dir=cache_dir, processes=processes)
-    plan = _plan_text(
-        options, pictures, batches_of_run(sampler, choose.batches_per_step, total_steps, ahead), choose, text
-    )
-    captions, encode_text = None, None
-    if plan.captions is not None:
-        needed = {caption: pictures[number] for caption, number in plan.captions.items()}
-        captions = cache_captions(needed, text, cache_dir=cache_dir, processes=processes).of_caption
-    else:
-        with processes.together():
-            report_cut_captions({picture.caption: picture for picture in pictures}, text)
-            encode_text = text.encoder()
-    files = latents.files if loop.cache_latents else (None,) * len(pictures)
+    batches = batches_of_run(sampler, choose.batches_per_step, total_steps, ahead)
+    plan = _plan_text(options, pictures, batches, choose, text)
+    captions, encode_text = _texts(plan, pictures, text, cache_dir, processes)
     dataset = CachedDataset(
         pictures,
-        files,
+        latents,
         captions,
         masks.files,
         seed=loop.seed,
@@ -144,11 +126,11 @@ def prepare_samples(  # long by its arguments and theirs: one call each, in the 
         choose_caption=choose,
         prior_loss_weight=options.picture_loss.prior_loss_weight,
     )
-    live = sum(file is None for file in files)
-    with processes.together():
-        encode_latents = (
-            latent_encoder(vae, text.dtype, text.device, tiling=options.memory.vae_tiling) if live else None
-        )
+    live = latents.count(None)
+    encode_latents = None
+    if live:
+        with processes.together():
+            encode_latents = latent_encoder(vae, text.dtype, text.device, tiling=options.memory.vae_tiling)
     notes = (_latents_note(live, len(pictures), loop.cache_latents), plan.sentence(_size(text.sources.text_encoder)))
     return Samples(dataset, LiveEncoders(encode_latents, encode_text), notes)
 
@@ -178,6 +160,32 @@ def prepare_held_out(
     return prepare_samples(own, pictures, sampler, vae, vae_hash, text, processes=processes, total_steps=1)
 
 
+def _latents(
+    options: TrainOptions,
+    pictures: tuple[Picture, ...],
+    vae: Path,
+    vae_hash: str,
+    text: TextModels,
+    cache_dir: Path | None,
+    processes: Processes,
+) -> Sequence[LatentFiles | None]:
+    """For each picture its latents, encoded; None where they are encoded in every step."""
+    if not options.loop.cache_latents:
+        return (None,) * len(pictures)
+    plan = cache_latents(
+        pictures,
+        vae,
+        model_hash=vae_hash,
+        dtype=text.dtype,
+        device=text.device,
+        batch_size=options.loop.vae_batch_size,
+        tiling=options.memory.vae_tiling,
+        cache_dir=cache_dir,
+        processes=processes,
+    )
+    return plan.files
+
+
 def _plan_text(
     options: TrainOptions,
     pictures: tuple[Picture, ...],
@@ -193,6 +201,18 @@ def _plan_text(
         width=text.model.text_conditioner.config.target_dim,
         dtype=text.dtype,
     )
+
+
+def _texts(
+    plan: TextPlan, pictures: tuple[Picture, ...], text: TextModels, cache_dir: Path | None, processes: Processes
+) -> tuple[Mapping[str, str] | None, CaptionEncoder | None]:
+    """The file of each caption that is kept, encoded; or, where none are, what encodes them in the steps."""
+    if plan.captions is not None:
+        needed = {caption: pictures[number] for caption, number in plan.captions.items()}
+        return cache_captions(needed, text, cache_dir=cache_dir, processes=processes).of_caption, None
+    with processes.together():
+        report_cut_captions({picture.caption: picture for picture in pictures}, text)
+        return None, text.encoder()
 
 
 def _latents_note(live: int, pictures: int, kept: bool) -> str:

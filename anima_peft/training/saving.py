@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from accelerate import Accelerator
 
-from ..adapters.writing import Format
 from ..files import write_atomically
 from ..transformer import AnimaTransformerModel
 from .averages import AdapterAverage
+from .device import DTYPES
 from .metadata import MetadataWriter
 from .outputs import Outputs, files_to_drop, remove, remove_state, state_folder
 from .processes import Processes
 from .state import ADAPTER_NAME, Progress, save_state
+
+if TYPE_CHECKING:
+    from ..config import SaveOptions
 
 
 class Saver:
@@ -27,11 +30,7 @@ class Saver:
         average: what the adapter's files hold; states hold what steps are taken at.
         metadata: text of each file.
         resolved: the configuration, written beside the first file.
-        format, dtype: of the files.
-        every_steps, every_epochs: None for never.
-        keep_steps, keep_epochs: of the adapters; None for all.
-        keep_states_steps, keep_states_epochs: of the states beside them; None for all.
-        with_state: save the state beside every adapter; `state_at_end`: beside the last.
+        options: when, in which form, and how much of it is kept.
     """
 
     def __init__(
@@ -44,41 +43,27 @@ class Saver:
         average: AdapterAverage,
         metadata: MetadataWriter,
         resolved: str,
-        *,
-        format: Format,
-        dtype: torch.dtype,
-        every_steps: int | None,
-        every_epochs: int | None,
-        keep_steps: int | None,
-        keep_epochs: int | None,
-        keep_states_steps: int | None,
-        keep_states_epochs: int | None,
-        with_state: bool,
-        state_at_end: bool,
+        options: SaveOptions,
     ):
         self._accelerator, self._processes, self._model = accelerator, processes, model
         self._outputs, self._progress = outputs, progress
-        self._average, self._metadata, self._format, self._dtype = average, metadata, format, dtype
+        self._average, self._metadata, self._options = average, metadata, options
         self._resolved: str | None = resolved
         self._written: tuple[Path, bool] | None = None
-        self._every_steps, self._every_epochs = every_steps, every_epochs
-        self._keep_steps, self._keep_epochs = keep_steps, keep_epochs
-        self._keep_states = {"steps": keep_states_steps, "epochs": keep_states_epochs}
-        self._with_state, self._state_at_end = with_state, with_state or state_at_end
+        self._keep = {"steps": options.save_last_n_steps, "epochs": options.save_last_n_epochs}
+        self._keep_states = {"steps": options.save_last_n_steps_state, "epochs": options.save_last_n_epochs_state}
 
     def after_step(self) -> None:
-        """Save if `every_steps` divides the steps done."""
-        step = self._progress.step
-        if self._every_steps and step % self._every_steps == 0:
-            self._save(self._outputs.after_step(step), self._progress.saved_steps, step, self._keep_steps, "steps")
+        """Save if `save_every_n_steps` divides the steps done."""
+        step, every = self._progress.step, self._options.save_every_n_steps
+        if every and step % every == 0:
+            self._save(self._outputs.after_step(step), self._progress.saved_steps, step, "steps")
 
     def after_epoch(self) -> None:
-        """Save if `every_epochs` divides the epochs done."""
-        epoch = self._progress.epoch
-        if self._every_epochs and epoch % self._every_epochs == 0:
-            self._save(
-                self._outputs.after_epoch(epoch), self._progress.saved_epochs, epoch, self._keep_epochs, "epochs"
-            )
+        """Save if `save_every_n_epochs` divides the epochs done."""
+        epoch, every = self._progress.epoch, self._options.save_every_n_epochs
+        if every and epoch % every == 0:
+            self._save(self._outputs.after_epoch(epoch), self._progress.saved_epochs, epoch, "epochs")
 
     def now(self) -> Path:
         """Save adapter and state of the present step, whatever the options say; returns the state's folder."""
@@ -91,27 +76,24 @@ class Saver:
 
     def at_end(self) -> Path:
         """Save under the run's plain name."""
-        self._write(self._outputs.final, state=self._state_at_end)
+        self._write(self._outputs.final, state=self._options.save_state or self._options.save_state_on_train_end)
         return self._outputs.final
 
-    def _save(self, path: Path, saved: list[tuple[int, str]], number: int, keep: int | None, unit: str) -> None:
+    def _save(self, path: Path, saved: list[tuple[int, str]], number: int, unit: str) -> None:
         if number not in dict(saved):
             saved.append((number, path.name))
         # The state remembers also what goes next: should the process end in between, `drop_old` finds it.
-        self._write(path, state=self._with_state)
-        self._drop(saved, number, keep, unit)
+        self._write(path, state=self._options.save_state)
+        self._drop(saved, number, unit)
 
     def drop_old(self) -> None:
         """Remove what the run would have removed by now, had it not been killed."""
-        for saved, keep, unit in (
-            (self._progress.saved_steps, self._keep_steps, "steps"),
-            (self._progress.saved_epochs, self._keep_epochs, "epochs"),
-        ):
+        for saved, unit in ((self._progress.saved_steps, "steps"), (self._progress.saved_epochs, "epochs")):
             if saved:
-                self._drop(saved, max(number for number, _ in saved), keep, unit)
+                self._drop(saved, max(number for number, _ in saved), unit)
 
-    def _drop(self, saved: list[tuple[int, str]], number: int, keep: int | None, unit: str) -> None:
-        dropped = files_to_drop(saved, number, keep)
+    def _drop(self, saved: list[tuple[int, str]], number: int, unit: str) -> None:
+        dropped = files_to_drop(saved, number, self._keep[unit])
         saved[:] = [entry for entry in saved if entry not in dropped]
         with self._processes.together():
             if self._processes.is_main:
@@ -126,7 +108,11 @@ class Saver:
                 self._write_config()
                 with self._average.in_place():
                     self._model.save_lora_adapter(
-                        path, ADAPTER_NAME, self._format, metadata=self._metadata(self._progress), dtype=self._dtype
+                        path,
+                        ADAPTER_NAME,
+                        self._options.save_format,  # type: ignore[arg-type]  # one of its choices
+                        metadata=self._metadata(self._progress),
+                        dtype=DTYPES[self._options.save_precision],
                     )
         if state:
             save_state(self._accelerator, self._processes, state_folder(path))

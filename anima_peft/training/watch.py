@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run_watched(  # long by its arguments and by what can come in between
+def run_watched(
     accelerator: Accelerator,
     options: TrainOptions,
     parts: Parts,
@@ -55,46 +56,10 @@ def run_watched(  # long by its arguments and by what can come in between
             state is saved if it is sound and if that can be done.
         InputError: the same, where a file of the cache is gone.
     """
-
-    processes = parts.processes
-
-    def after_step() -> None:
-        saver.after_step()
-        if validation is not None:
-            validation.after_step(progress.step, parts.average)
-        with processes.together():
-            if previews is not None:
-                previews.after_step(progress.step, parts.average)
-        request = requests.take()
-        if request is Action.PREVIEW:
-            with processes.together():
-                if previews is not None:
-                    previews.draw(progress.step, parts.average)
-                elif processes.is_main:
-                    logger.warning("Previews were asked for, and sample_prompts names none.")
-        if request in (None, Action.PREVIEW) or (request is Action.STOP and progress.step >= facts.total_steps):
-            return
-        state = saver.now()
-        logger.warning("Saved on request: %s", state)
-        if request is Action.STOP:
-            raise Interrupted(
-                f"Stopped after step {progress.step} of {facts.total_steps}; go on with --resume {state}",
-                requests.signal or 0,
-            )
-
-    def after_epoch() -> None:
-        saver.after_epoch()
-        if validation is not None:
-            validation.after_epoch(progress.epoch, progress.step, parts.average)
-        with processes.together():
-            if previews is not None:
-                previews.after_epoch(progress.epoch, progress.step, parts.average)
-
+    between = _Between(parts, progress, facts.total_steps, saver, requests, previews, validation)
     try:
         with requests.listening():
-            with processes.together():
-                if previews is not None:
-                    previews.before(progress.step, parts.average)
+            between.before_first_step()
             run_loop(
                 accelerator,
                 parts,
@@ -102,31 +67,102 @@ def run_watched(  # long by its arguments and by what can come in between
                 total_steps=facts.total_steps,
                 max_grad_norm=options.optimizer.max_grad_norm,
                 health=Health(options.loop.skip_nonfinite_steps, progress, _names(dataset, parts.sampler, progress)),
-                on_step=after_step,
-                on_epoch=after_epoch,
+                on_step=between.after_step,
+                on_epoch=between.after_epoch,
             )
             saver.at_end()
             requests.agree()
     except (InputError, OSError, RuntimeError) as error:
-        parts.optimizer.zero_grad(set_to_none=True)  # room for what saving needs
-        is_own = error is not processes.failure and processes.count > 1
-        if is_own:
-            processes.part()
-        if is_own and not processes.is_main:
-            rescued = "The main process saves what it has."
-        else:
-            rescued = _rescue(parts, progress, saver)
-        if isinstance(error, torch.OutOfMemoryError):
-            told = _memory_advice(options, progress, accelerator.device, error)
-        else:
-            told = str(error)
-        if is_own and is_lost(error):
-            raise TrainingError(f"Another process of this run has ended or cannot be reached.\n{rescued}") from error
-        if is_own and not processes.is_local_main:  # whose message nobody else has
-            logger.error("process %d of %d: %s", processes.index + 1, processes.count, told)
-        raise _ending(error, f"{told}\n{rescued}", requests) from error
+        raise _failure(error, accelerator.device, options, parts, progress, saver, requests) from error
     if requests.signal is not None:
         raise Interrupted(f"Stopped after the last step, {progress.step}; the adapter is complete.", requests.signal)
+
+
+@dataclass(frozen=True)
+class _Between:
+    """What happens between steps: saves, validation, previews, and what is asked for from outside."""
+
+    parts: Parts
+    progress: Progress
+    total_steps: int
+    saver: Saver
+    requests: Requests
+    previews: Previews | None
+    validation: Validation | None
+
+    def before_first_step(self) -> None:
+        """Draw what is to be drawn before this session's first step."""
+        with self.parts.processes.together():
+            if self.previews is not None:
+                self.previews.before(self.progress.step, self.parts.average)
+
+    def after_step(self) -> None:
+        """Save, measure and draw what is due after an optimizer step, then do what is asked for.
+
+        Raises:
+            Interrupted: the end was asked for; adapter and state are saved.
+        """
+        self.saver.after_step()
+        if self.validation is not None:
+            self.validation.after_step(self.progress.step, self.parts.average)
+        with self.parts.processes.together():
+            if self.previews is not None:
+                self.previews.after_step(self.progress.step, self.parts.average)
+        request = self.requests.take()
+        if request is Action.PREVIEW:
+            self._draw_on_request()
+        elif request is Action.SAVE or (request is Action.STOP and self.progress.step < self.total_steps):
+            state = self.saver.now()
+            logger.warning("Saved on request: %s", state)
+            if request is Action.STOP:
+                raise Interrupted(
+                    f"Stopped after step {self.progress.step} of {self.total_steps}; go on with --resume {state}",
+                    self.requests.signal or 0,
+                )
+
+    def after_epoch(self) -> None:
+        """Save, measure and draw what is due after an epoch."""
+        self.saver.after_epoch()
+        if self.validation is not None:
+            self.validation.after_epoch(self.progress.epoch, self.progress.step, self.parts.average)
+        with self.parts.processes.together():
+            if self.previews is not None:
+                self.previews.after_epoch(self.progress.epoch, self.progress.step, self.parts.average)
+
+    def _draw_on_request(self) -> None:
+        with self.parts.processes.together():
+            if self.previews is not None:
+                self.previews.draw(self.progress.step, self.parts.average)
+            elif self.parts.processes.is_main:
+                logger.warning("Previews were asked for, and sample_prompts names none.")
+
+
+def _failure(
+    error: InputError | OSError | RuntimeError,
+    device: torch.device,
+    options: TrainOptions,
+    parts: Parts,
+    progress: Progress,
+    saver: Saver,
+    requests: Requests,
+) -> Exception:
+    """What a failed run ends with in this process, after what it has is saved."""
+    processes = parts.processes
+    parts.optimizer.zero_grad(set_to_none=True)  # room for what saving needs
+    is_own = error is not processes.failure and processes.count > 1
+    if is_own:
+        processes.part()
+    if is_own and not processes.is_main:
+        rescued = "The main process saves what it has."
+    else:
+        rescued = _rescue(parts, progress, saver)
+    if is_own and is_lost(error):
+        return TrainingError(f"Another process of this run has ended or cannot be reached.\n{rescued}")
+    no_memory = isinstance(error, torch.OutOfMemoryError)
+    told = _memory_advice(options, progress, device, error) if no_memory else str(error)
+    if is_own and not processes.is_local_main:  # whose message nobody else has
+        logger.error("process %d of %d: %s", processes.index + 1, processes.count, told)
+    return _ending(error, f"{told}\n{rescued}", requests)
 
 
 def _ending(error: InputError | OSError | RuntimeError, text: str, requests: Requests) -> Exception:

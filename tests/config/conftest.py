@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import toml
 
 from anima_peft.config import RunConfig, load
+from anima_peft.config.loading import OPTIONS
 
 TRAIN_ARGS = {
     "anima_transformer": "models/anima",
@@ -21,6 +23,16 @@ TRAIN_ARGS = {
 DATASET = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\n'
 
 Load = Callable[..., RunConfig]
+
+
+def values_of(run: RunConfig) -> dict[str, Any]:
+    """Every option of a run by name, tuples as lists, but for the secret ones."""
+    flat = {name: value for group in asdict(run.train).values() for name, value in group.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flat.items()
+        if not OPTIONS[name].rules.secret
+    }
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import pytest
 
 from anima_peft.errors import InputError
 
+from .conftest import values_of
+
 OURS = ("gradient_checkpointing", "gradient_checkpointing_every", "blocks_to_swap", "base_quantization")
 
 
@@ -33,7 +35,7 @@ OURS = ("gradient_checkpointing", "gradient_checkpointing_every", "blocks_to_swa
 )
 def test_presets_set_what_is_not_given(load_with, given: dict[str, Any], kept: tuple[Any, ...], said: str) -> None:
     run = load_with(given)
-    assert tuple(run.values[name] for name in OURS) == kept
+    assert tuple(values_of(run)[name] for name in OURS) == kept
     assert run.warnings == ((f'memory = "{given["memory"]}" sets {said}.',) if said else ())
 
 
@@ -44,7 +46,7 @@ def test_the_printed_configuration_says_what_the_preset_set(load_with, tmp_path)
     assert 'gradient_checkpointing = true  # memory = "low"' in lines
     assert "blocks_to_swap = 3  # train args" in lines
     again = load_with(run.resolved)
-    assert again.values == run.values
+    assert values_of(again) == values_of(run)
     assert again.warnings == ()
 
 

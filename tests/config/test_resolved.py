@@ -15,6 +15,8 @@ from anima_peft.config.loading import OPTIONS
 from anima_peft.config.prompts import PromptLine, prompt_text
 from anima_peft.config.resolved import argument, toml_value
 
+from .conftest import values_of
+
 PICTURES = """
 [general]
 num_repeats = 2
@@ -64,7 +66,7 @@ def test_reading_it_again_gives_the_same_run(load_with, tmp_path: Path, given: d
     run: RunConfig = load_with(given, PICTURES, flags)
     again = load(["--config_file", write(tmp_path / "again.toml", run.resolved)])
     assert (again.train, again.datasets) == (run.train, run.datasets)
-    assert (again.values, again.summary) == (run.values, run.summary)
+    assert (values_of(again), again.summary) == (values_of(run), run.summary)
     assert again.warnings == run.warnings
 
 
@@ -172,7 +174,7 @@ def test_no_toml_for_other_things() -> None:
 @pytest.mark.parametrize("targets", [["attn-mlp"], ["a", "b"], [r"x\.\d{1,2}"], ["it's", 'a"b'], ["a b", "[qk]"]])
 def test_arguments_are_read_back(load_with, targets: list[str]) -> None:
     text = argument("target_modules", targets)
-    assert load_with({"network_args": [text]}).values["target_modules"] == targets
+    assert values_of(load_with({"network_args": [text]}))["target_modules"] == targets
 
 
 @pytest.mark.parametrize(
@@ -193,4 +195,4 @@ def test_a_secret_is_written_nowhere(load_with) -> None:
     run = load_with({"log_with": "wandb", "wandb_api_key": key})
     assert run.train.log.wandb_api_key == key
     assert "# wandb_api_key: train args, and not written here" in run.resolved.splitlines()
-    assert key not in f"{run.resolved} {run.summary} {run.values} {run!r}"
+    assert key not in f"{run.resolved} {run.summary} {values_of(run)} {run!r}"

@@ -10,6 +10,8 @@ import pytest
 from anima_peft.config import load
 from tests.docs.pages import blocks, relative
 
+from .conftest import values_of
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 ALL = sorted(CONFIGS.rglob("*.toml"))
@@ -85,4 +87,4 @@ def test_a_configuration_in_a_document(
         assert not any("left out" in warning for warning in run.warnings)
     else:
         run = load_with(document)
-        assert all(run.values[key] == value for key, value in document.items() if key in ("output_name", "seed"))
+        assert all(values_of(run)[key] == value for key, value in document.items() if key in ("output_name", "seed"))

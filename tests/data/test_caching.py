@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,13 +163,13 @@ def test_a_folder_that_cannot_be_written_is_said_before_encoding(
 ) -> None:
     encode(spec)
 
-    def read_only(self: Path, *args: object, **kwargs: object) -> None:
+    def read_only(*args: object, **kwargs: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "mkdir", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     monkeypatch.setattr(TensorCache, "write", read_only)
     assert encode(spec) == ([], [])  # a complete cache needs no writing
-    with pytest.raises(InputError, match=r"Read-only file system.*cache_dir") as caught:
+    with pytest.raises(InputError, match=r"cache_dir: .* cannot be written to .*Read-only file system") as caught:
         encode(spec, vae="vae 2")
     assert str(folder / ".anima_cache") in str(caught.value)
     monkeypatch.undo()

@@ -29,7 +29,7 @@ from anima_peft.generation import Request
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.miniature.random_weights import build_dit, native_state_dict
 from anima_peft.models.sources import ModelSources
-from anima_peft.training import prepare, samples, watch
+from anima_peft.training import device, network, prepare, samples, watch
 from anima_peft.training import run as training
 from anima_peft.transformer import AnimaTransformerModel
 from tests.wandb_stand_in import WandbStandIn
@@ -272,8 +272,8 @@ def _stand_ins(seen: Recorded, folder: Path) -> dict[str, Callable[..., Any]]:
 
 def _rooms() -> dict[str, Any]:
     """The module in which each stand-in takes the place of the real function."""
-    rooms = dict.fromkeys(("draw_comparison", "resolve_sources", "hash_model", "require_compiler"), training)
-    rooms |= dict.fromkeys(("cache_latents", "cache_captions"), samples)
+    rooms = {**dict.fromkeys(("draw_comparison", "hash_model"), training), "resolve_sources": network}
+    rooms |= {**dict.fromkeys(("cache_latents", "cache_captions"), samples), "require_compiler": device}
     return {**rooms, "run_loop": watch, "compile_blocks": prepare}
 
 

@@ -117,7 +117,7 @@ def test_what_compiles_nothing_here_is_found_before_loading(
     def no_compiler(*_: Any) -> None:
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
 
-    monkeypatch.setattr(run, "resolve_sources", None)  # not reached
+    monkeypatch.setattr(run, "locate_sources", None)  # not reached
     monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
     with pytest.raises(InputError, match=r"\"inductor\" does not work here: .* C\+\+ compiler .*\(InvalidCxx[^\n]*\)$"):
         train(configure("--torch_compile"))

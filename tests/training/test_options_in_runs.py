@@ -110,7 +110,7 @@ def test_gradients_are_clipped(configure: Configure, tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_found_before_loading(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(run, "resolve_sources", None)  # not reached
+    monkeypatch.setattr(run, "locate_sources", None)  # not reached
     with pytest.raises(InputError, match=message):
         train(configure(*flags))
 

@@ -159,7 +159,8 @@ def test_pictures_of_elsewhere_or_gone_are_not_shown(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "text.png").write_text("no picture", encoding="utf-8")
-    for file in ("../private.png", str(tmp_path / "private.png"), "text.png", "gone.png", ""):
+    Image.new("RGB", (8, 8)).save(tmp_path / "run" / "other_kind.png", format="TIFF")  # as EPS, which starts a program
+    for file in ("../private.png", str(tmp_path / "private.png"), "text.png", "other_kind.png", "gone.png", ""):
         assert embed(tmp_path / "run", file, 10_000) is None
     outputs = write_run(tmp_path / "run")
     outputs.preview(5, 1).unlink()

@@ -379,6 +379,21 @@ def test_resuming_into_another_folder_touches_no_run_there(configure: Configure,
     assert {path: path.read_bytes() for path in other.adapter.parent.glob("*.safetensors")} == kept
 
 
+def test_resuming_under_another_name_touches_no_run_of_that_name(configure: Configure) -> None:
+    flags = ["--save_state", "--save_every_n_steps", "1", "--save_last_n_steps", "1"]
+    first = train(configure("--max_train_steps", "2", *flags)).adapter
+    of_other = first.with_name("other.safetensors")
+    of_other.write_bytes(b"another run's")
+    more = ["--max_train_steps", "4", "--resume", str(first.with_name("test-state")), *flags, "--output_name", "other"]
+    with pytest.raises(InputError, match="already holds other"):
+        train(configure(*more))
+    assert of_other.read_bytes() == b"another run's"
+    of_other.unlink()
+    before = set(first.parent.iterdir())
+    assert train(configure(*more)).steps == 4
+    assert before <= set(first.parent.iterdir())
+
+
 @pytest.mark.parametrize("option", ["--output_dir", "--logging_dir"])
 def test_a_folder_that_cannot_be_written_is_found_first(configure: Configure, tmp_path: Path, option: str) -> None:
     (tmp_path / "file").touch()

@@ -69,7 +69,7 @@ def finite(curve: Mapping[int, float | None]) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [float(value) for _, value in points]
 
 
-def thin(name: str, steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS) -> Line:
+def thin(name: str, steps: Sequence[int], values: Sequence[float], *, most: int = MOST_POINTS) -> Line:
     """At most `most` points: the mean of as many neighbours each, with their least and greatest."""
     groups = np.array_split(np.arange(len(steps)), min(len(steps), most)) if len(steps) else []
     array = np.asarray(values, dtype=np.float64)

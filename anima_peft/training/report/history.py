@@ -13,8 +13,8 @@ from ..record import parse_lines
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A preview.
+class Preview:
+    """A picture that was drawn while training.
 
     Attributes:
         step: after so many steps.
@@ -59,7 +59,7 @@ class History:
     step: int = 0
     seconds: float = 0.0
     curves: dict[str, dict[int, float | None]] = field(default_factory=dict)
-    previews: dict[str, list[Picture]] = field(default_factory=dict)
+    previews: dict[str, list[Preview]] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     warnings: dict[str, int] = field(default_factory=dict)
     end: tuple[str, str] | None = None
@@ -114,7 +114,7 @@ def _take(history: History, entry: dict[str, Any], session_seconds: float) -> fl
     if kind == "picture":
         pictures = history.previews.setdefault(str(entry.get("name", "")), [])
         pictures[:] = [picture for picture in pictures if picture.step != step]
-        pictures.append(Picture(step, str(entry.get("file", ""))))
+        pictures.append(Preview(step, str(entry.get("file", ""))))
     elif kind == "compared":
         pair = Comparison(*(str(entry.get(key, "")) for key in ("prompt", "without", "with")))
         history.comparisons = [*(other for other in history.comparisons if other.without != pair.without), pair]

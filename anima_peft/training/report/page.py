@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from ...data.summary import size_text
 from ...files import write_atomically
 from ..outputs import Outputs
+from ..thinning import evenly
 from .charts import charts_of
 from .curves import finite, smooth, smoothing_window
-from .history import History, Picture, read_history
+from .history import History, Preview, read_history
 from .pictures import BUDGET, Embedded, embed
 
 _MOST_TIMES, _MOST_PICTURES = 12, 96
@@ -136,19 +137,16 @@ def _time(text: str) -> str:
         return text
 
 
-def _choose_times(previews: Mapping[str, Sequence[Picture]]) -> dict[str, list[Picture]]:
+def _choose_times(previews: Mapping[str, Sequence[Preview]]) -> dict[str, list[Preview]]:
     """Of each prompt as many pictures as the page bears, evenly, with the first and the last."""
     most = max(2, min(_MOST_TIMES, _MOST_PICTURES // max(len(previews), 1)))
-    chosen = {}
-    for name, pictures in list(previews.items())[: _MOST_PICTURES // 2]:
-        ordered = sorted(pictures, key=lambda picture: picture.step)
-        if len(ordered) > most:
-            ordered = [ordered[round(i * (len(ordered) - 1) / (most - 1))] for i in range(most)]
-        chosen[name] = ordered
-    return chosen
+    return {
+        name: evenly(sorted(pictures, key=lambda picture: picture.step), most)
+        for name, pictures in list(previews.items())[: _MOST_PICTURES // 2]
+    }
 
 
-def _figures(folder: Path, pictures: Sequence[Picture], limit: int) -> list[Figure]:
+def _figures(folder: Path, pictures: Sequence[Preview], limit: int) -> list[Figure]:
     return [Figure(f"{picture.step:,}", embed(folder, picture.file, limit)) for picture in pictures]
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...data.pixels import DECODE_ERRORS, MOST_PICTURE_BYTES, decode_rgb
+from ...limited import read_limited
+
 SIDE = 384  # pixels of the longer side, at most
 BUDGET = 3_000_000  # bytes of all pictures of a page; a third more as text
 _QUALITIES = (82, 65, 45, 30)
@@ -39,12 +42,10 @@ def embed(folder: Path, file: str, most_bytes: int) -> Embedded | None:
     if not path.is_relative_to(folder.resolve()):
         return None
     try:
-        with Image.open(path) as picture:
-            size = picture.size
-            picture.draft("RGB", (SIDE, SIDE))
-            shown = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow says of files that are none
+        shown = decode_rgb(read_limited(path, MOST_PICTURE_BYTES))
+    except DECODE_ERRORS:
         return None
+    size = shown.size
     shown.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     while True:
         for quality in _QUALITIES:

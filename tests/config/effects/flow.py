@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from anima_peft.training.prepare import flow_loss, noise_sampler, sigma_sampler
+from anima_peft.training.objective import flow_loss, noise_sampler, sigma_sampler
 
 from .bench import SHAPE, Bench
 

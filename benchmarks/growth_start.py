@@ -1,6 +1,6 @@
 """A synthetic dataset of any size with a complete cache, and one start of a run on it, measured from inside.
 
-`python -m benchmarks.growing FOLDER build|start` is a process of its own, so that memory is that of one run.
+`python -m benchmarks.growth_start FOLDER build|start` is a process of its own, so that memory is that of one run.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def build(folder: Path, pictures: int) -> None:
     def pixels_of(picture: Picture, flip: bool) -> torch.Tensor:
         return torch.zeros(3, *reversed(picture.placement.bucket))
 
-    def latents(*_: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def latents(*_: Any, **__: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda pixels: torch.zeros(len(pixels), 16, pixels.shape[2] // 8, pixels.shape[3] // 8)
 
     def texts(_: Any) -> Callable[[list[str]], list[dict[str, torch.Tensor]]]:
