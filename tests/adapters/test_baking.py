@@ -31,10 +31,7 @@ from tests.adapters.adapting import (
 )
 from tests.adapters.commanding import adapter_file, checkpoint, contents, metadata_of, origin_of, run, tensor_file
 
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("unflushed")
 
 
 def explicitly(

@@ -10,14 +10,12 @@ import pytest
 import torch
 from diffusers.modular_pipelines.anima import AnimaAutoBlocks
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from anima_peft.adapters.conversion import NEGLIGIBLE, convert
 from anima_peft.adapters.factors import Factors, NormDelta
 from anima_peft.adapters.naming import ModuleName
-from anima_peft.adapters.reading import AdapterFile, parse
 from anima_peft.adapters.writing import FOLDING, FORMATS, Format, serialize
-from anima_peft.cli import main
 from anima_peft.errors import InputError
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.transformer import AnimaTransformerModel
@@ -39,40 +37,12 @@ from tests.adapters.adapting import (
     tensors_by_key,
     tiny_model,
 )
+from tests.adapters.commanding import adapter_file, metadata_of, parsed, run, tensor_file
+
+pytestmark = pytest.mark.usefixtures("unflushed")
 
 RENAMES: tuple[Format, ...] = ("kohya", "comfy-hybrid", "original")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@pytest.fixture(scope="module")
-def model() -> AnimaTransformerModel:
-    """For its names and sizes; never changed."""
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of small files need not reach the disk."""
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
-
-
-def written(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> Path:
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def parsed(path: Path, model: AnimaTransformerModel) -> dict[ModuleName, Factors]:
-    return parse(AdapterFile(str(path), load_file(path), metadata_of(path)), table(model))
-
-
-def run(*arguments: object) -> int:
-    """Exit code of the command."""
-    return main([str(argument) for argument in arguments])
 
 
 def of_dtype(factors: dict[ModuleName, Factors], dtype: torch.dtype) -> Tensors:
@@ -86,7 +56,7 @@ def of_dtype(factors: dict[ModuleName, Factors], dtype: torch.dtype) -> Tensors:
 def test_round_trips(kind: str, dtype: torch.dtype, model: AnimaTransformerModel, tmp_path: Path) -> None:
     """From every style to every style: renames bit for bit, the others the same delta."""
     factors = factors_of_kind(model, kind)
-    start = written(of_dtype(factors, dtype), tmp_path / "start.safetensors", {"ss_note": "mine"})
+    start = tensor_file(of_dtype(factors, dtype), tmp_path / "start.safetensors", {"ss_note": "mine"})
     before = parsed(start, model)
     files, modules = {}, table(model)
     for style in FORMATS:
@@ -126,7 +96,7 @@ def test_a_rename_there_and_back_is_the_same_file(
     """With other trainers' alphas: missing ones aside, their value and every bit of the factors stay."""
     tensors = tensors_by_key(factors_of_kind(model, kind, alpha=0.1 + 0.2))
     tensors = {key: t.half() if kind == "LoRA" and not key.endswith(".alpha") else t for key, t in tensors.items()}
-    start = written(tensors, tmp_path / "start.safetensors")
+    start = tensor_file(tensors, tmp_path / "start.safetensors")
     there = convert(start, tmp_path / "there.safetensors", other)
     back = convert(there.path, tmp_path / "back.safetensors", "kohya")
     assert (there.change, back.change) == (0, 0)
@@ -135,7 +105,7 @@ def test_a_rename_there_and_back_is_the_same_file(
 
 def test_the_output_is_the_same(tmp_path: Path) -> None:
     factors = random_factors(tiny_model(), mixed=True)
-    start = written(as_file(factors, "kohya"), tmp_path / "start.safetensors")
+    start = tensor_file(as_file(factors, "kohya"), tmp_path / "start.safetensors")
     expected = tiny_model()
     expected.load_lora_adapter(start)
     for style in FORMATS:
@@ -147,7 +117,7 @@ def test_the_output_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_stock_diffusers_loads_what_was_converted(kind: str, tmp_path: Path) -> None:
     model, factors = tiny_model(), factors_of_kind(tiny_model(), kind, alpha=0.7)
-    start = written(tensors_by_key(factors), tmp_path / "start.safetensors")
+    start = adapter_file(factors, tmp_path / "start.safetensors")
     pipe = AnimaAutoBlocks().init_pipeline()
     pipe.update_components(transformer=model.transformer, text_conditioner=model.text_conditioner)
     pipe.load_lora_weights(str(convert(start, tmp_path / "new.safetensors", "diffusers").path))
@@ -159,7 +129,7 @@ def test_stock_diffusers_loads_what_was_converted(kind: str, tmp_path: Path) -> 
 def test_infinite_alphas_beside_full_factors_become_finite_ones(model: AnimaTransformerModel, tmp_path: Path) -> None:
     tensors = tensors_by_key(factors_of_kind(model, "LoKr full"))
     alphas = {key: torch.tensor(float("inf")).half() for key in tensors if key.endswith(".alpha")}
-    start = written(tensors | alphas, tmp_path / "start.safetensors")
+    start = tensor_file(tensors | alphas, tmp_path / "start.safetensors")
     done = convert(start, tmp_path / "new.safetensors", "original")
     assert done.change == 0
     assert all(tensor.isfinite().all() for tensor in load_file(done.path).values())
@@ -167,8 +137,8 @@ def test_infinite_alphas_beside_full_factors_become_finite_ones(model: AnimaTran
 
 def test_what_the_command_says(model: AnimaTransformerModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     factors = factors_of_kind(model, "LoRA", alpha=3.3)
-    start = written(tensors_by_key(factors), tmp_path / "start.safetensors")
-    half = written(of_dtype(factors, torch.bfloat16), tmp_path / "half.safetensors")
+    start = adapter_file(factors, tmp_path / "start.safetensors")
+    half = tensor_file(of_dtype(factors, torch.bfloat16), tmp_path / "half.safetensors")
 
     def said(source: Path, *options: str) -> str:
         assert run("convert", source, tmp_path / "new.safetensors", "--overwrite", "--format", *options) == 0
@@ -186,7 +156,7 @@ def test_what_the_command_says(model: AnimaTransformerModel, tmp_path: Path, cap
 
 def test_what_a_narrow_dtype_costs_is_measured(model: AnimaTransformerModel, tmp_path: Path) -> None:
     factors = factors_of_kind(model, "LoRA")
-    start = written(tensors_by_key(factors), tmp_path / "start.safetensors")
+    start = adapter_file(factors, tmp_path / "start.safetensors")
     done = convert(start, tmp_path / "new.safetensors", "kohya", dtype=torch.bfloat16)
     after = parsed(done.path, model)
     changes = {name: float((dense(after[name]) - dense(f)).norm() / dense(f).norm()) for name, f in factors.items()}
@@ -199,7 +169,7 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused_before_anything_is_written
     model: AnimaTransformerModel, tmp_path: Path
 ) -> None:
     tensors = {key: tensor * 1e5 for key, tensor in tensors_by_key(factors_of_kind(model, "LoRA")).items()}
-    start = written(tensors, tmp_path / "start.safetensors")
+    start = tensor_file(tensors, tmp_path / "start.safetensors")
     with pytest.raises(InputError, match=r"new\.safetensors with these numbers: .*\n.*values that are not finite"):
         convert(start, tmp_path / "new.safetensors", "kohya", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == [start]
@@ -208,13 +178,13 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused_before_anything_is_written
 def test_nothing_is_overwritten_unasked(
     model: AnimaTransformerModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    start = written(tensors_by_key(factors_of_kind(model, "LoRA")), tmp_path / "start.safetensors")
+    start = adapter_file(factors_of_kind(model, "LoRA"), tmp_path / "start.safetensors")
     new = tmp_path / "new.safetensors"
     new.write_bytes(b"mine")
     assert run("convert", start, new, "--format", "comfy") == 2
     assert "exists already" in capsys.readouterr().err
     assert new.read_bytes() == b"mine"
-    written({"unknown.lora_up.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
+    tensor_file({"unknown.lora_up.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
     assert run("convert", tmp_path / "bad.safetensors", new, "--format", "comfy", "--overwrite") == 2
     assert new.read_bytes() == b"mine"
     assert run("convert", start, start, "--format", "comfy", "--overwrite") == 0  # in its own place
@@ -229,7 +199,7 @@ def test_nothing_is_overwritten_unasked(
     ],
 )
 def test_wrong_arguments_of_convert(output_name: str, style: str, words: str, tmp_path: Path) -> None:
-    start = written(tensors_by_key(factors_of_kind(tiny_model(), "norms")), tmp_path / "start.safetensors")
+    start = adapter_file(factors_of_kind(tiny_model(), "norms"), tmp_path / "start.safetensors")
     with pytest.raises(InputError, match=words):
         convert(start, tmp_path / output_name, cast(Format, style))
 
@@ -237,7 +207,7 @@ def test_wrong_arguments_of_convert(output_name: str, style: str, words: str, tm
 def test_metadata_goes_along_as_far_as_it_is_true(model: AnimaTransformerModel, tmp_path: Path) -> None:
     factors = factors_of_kind(model, "LoRA")
     given = {"ss_steps": "7", "modelspec.title": "画", "sshs_model_hash": "0", "modelspec.hash_sha256": "0x0"}
-    start = written(tensors_by_key(factors), tmp_path / "start.safetensors", given)
+    start = adapter_file(factors, tmp_path / "start.safetensors", given)
     kohya, stock = (convert(start, tmp_path / f"{f}.safetensors", f).path for f in ("kohya", "diffusers"))
     for path in (kohya, stock):
         metadata = metadata_of(path)
@@ -256,7 +226,7 @@ def test_absolute_norms_are_converted_with_the_base_at_hand(
     model: AnimaTransformerModel, tmp_path: Path, miniature: MiniatureFiles, capsys: pytest.CaptureFixture
 ) -> None:
     value = torch.linspace(0.5, 1.5, 32)
-    start = written({f"__anima_norm__.{QUERY_NORM}.weight": value}, tmp_path / "start.safetensors")
+    start = tensor_file({f"__anima_norm__.{QUERY_NORM}.weight": value}, tmp_path / "start.safetensors")
     with pytest.raises(InputError, match="can be understood only with the base model"):
         convert(start, tmp_path / "new.safetensors", "kohya")
     done = convert(start, tmp_path / "new.safetensors", "kohya", table=table(model))
@@ -266,7 +236,7 @@ def test_absolute_norms_are_converted_with_the_base_at_hand(
     with safe_open(miniature.transformer, framework="pt") as file:
         key = next(key for key in file.keys() if key.endswith(QUERY_NORM + ".weight"))  # noqa: SIM118
         own = file.get_tensor(key).float()
-    start = written({f"__anima_norm__.{QUERY_NORM}.weight": own + 0.25}, tmp_path / "own.safetensors")
+    start = tensor_file({f"__anima_norm__.{QUERY_NORM}.weight": own + 0.25}, tmp_path / "own.safetensors")
     new = tmp_path / "from the command.safetensors"
     assert run("convert", start, new, "--format", "comfy", "--model", miniature.transformer) == 0
     ((_, delta),) = load_file(new).items()
@@ -282,7 +252,7 @@ def test_the_text_encoders_part_is_converted(tmp_path: Path) -> None:
         "lora_te_layers_3_self_attn_q_proj.lora_up.weight": torch.randn(8, 2),
         "lora_te_layers_3_self_attn_q_proj.alpha": torch.tensor(2.0),
     }
-    start = written(tensors, tmp_path / "start.safetensors")
+    start = tensor_file(tensors, tmp_path / "start.safetensors")
     names = {
         style: {
             key.rsplit(".lora_", 1)[0]

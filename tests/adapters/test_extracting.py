@@ -30,12 +30,9 @@ from tests.adapters.adapting import (
 from tests.adapters.commanding import assert_same_deltas, checkpoint, contents, deltas, origin_of, parsed, run
 from tests.components import tiny_conditioner, tiny_transformer
 
+pytestmark = pytest.mark.usefixtures("unflushed")
+
 LORA = Extraction("lora", Keep(rank=64))
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")

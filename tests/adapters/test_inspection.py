@@ -25,21 +25,14 @@ from tests.adapters.adapting import (
     kohya_stem,
     table,
     tensors_by_key,
-    tiny_model,
 )
-from tests.adapters.test_conversion import run, written
-
-
-@pytest.fixture(scope="module")
-def model() -> AnimaTransformerModel:
-    """For its names and sizes; never changed."""
-    return tiny_model()
+from tests.adapters.commanding import run, tensor_file
 
 
 @pytest.mark.parametrize("style", FORMATS)
 def test_inspect_names_the_style(style: Format, model: AnimaTransformerModel, tmp_path: Path) -> None:
     tensors, metadata = serialize(factors_of_kind(model, "LoRA"), style, None)
-    found = inspect_adapter(written(tensors, tmp_path / "a.safetensors", metadata))
+    found = inspect_adapter(tensor_file(tensors, tmp_path / "a.safetensors", metadata))
     assert found.styles == {style: len(tensors)}
     assert found.refusal is None
     assert found.components == {"transformer": 4, "text_conditioner": 2}
@@ -67,7 +60,7 @@ def test_inspect_says_what_there_is_and_how_strong(
     kind: str, sized: bool, model: AnimaTransformerModel, tmp_path: Path
 ) -> None:
     factors = factors_of_kind(model, kind)
-    path = written(tensors_by_key(factors), tmp_path / "a.safetensors", {"ss_note": "mine"})
+    path = tensor_file(tensors_by_key(factors), tmp_path / "a.safetensors", {"ss_note": "mine"})
     found = inspect_adapter(path, table(model) if sized else None)
     assert found.kinds == KIND_WORDS[kind]
     squares: dict[str, float] = {}
@@ -85,7 +78,7 @@ def test_inspect_says_what_there_is_and_how_strong(
 
 
 def test_inspect_shows_lokrs_factors(model: AnimaTransformerModel, tmp_path: Path) -> None:
-    path = written(tensors_by_key(factors_of_kind(model, "LoKr decompose both")), tmp_path / "a.safetensors")
+    path = tensor_file(tensors_by_key(factors_of_kind(model, "LoKr decompose both")), tmp_path / "a.safetensors")
     shapes = inspect_adapter(path).shapes
     assert shapes["w1 2x4, w2 32x16 (w1 of rank 1, w2 of rank 2)"] >= 1
     assert sum(shapes.values()) == 6
@@ -104,7 +97,7 @@ def test_hostile_metadata_and_keys_are_shown_harmless(
     model: AnimaTransformerModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     tensors = tensors_by_key(factors_of_kind(model, "norms"))
-    path = written(tensors, tmp_path / "a.safetensors", HOSTILE)
+    path = tensor_file(tensors, tmp_path / "a.safetensors", HOSTILE)
     assert run("inspect", path) == 0
     text = capsys.readouterr().out
     assert all(char.isprintable() for line in text.split("\n") for char in line)
@@ -118,7 +111,7 @@ def test_hostile_metadata_and_keys_are_shown_harmless(
     assert shown["ansi"] == "\\x1b[2J\\x1b]0;owned\\x07red"
     assert all(char.isprintable() for item in shown.items() for part in item for char in part)
 
-    path = written(tensors | {"\x1b[31m" + "k" * 100_000 + "\n.diff": torch.ones(2)}, path)
+    path = tensor_file(tensors | {"\x1b[31m" + "k" * 100_000 + "\n.diff": torch.ones(2)}, path)
     assert run("inspect", path) == 2
     captured = capsys.readouterr()
     assert all(char.isprintable() for line in (captured.out + captured.err).split("\n") for char in line)
@@ -128,8 +121,8 @@ def test_hostile_metadata_and_keys_are_shown_harmless(
 def test_inspect_says_why_a_file_would_not_load(
     model: AnimaTransformerModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    good = written(tensors_by_key(factors_of_kind(model, "LoRA")), tmp_path / "good.safetensors")
-    bad = written(load_file(good) | {f"{kohya_stem(TO_Q)}.oft_blocks": torch.ones(2)}, tmp_path / "bad.safetensors")
+    good = tensor_file(tensors_by_key(factors_of_kind(model, "LoRA")), tmp_path / "good.safetensors")
+    bad = tensor_file(load_file(good) | {f"{kohya_stem(TO_Q)}.oft_blocks": torch.ones(2)}, tmp_path / "bad.safetensors")
     assert run("inspect", good, bad) == 2
     captured = capsys.readouterr()
     assert "loads: yes" in captured.out
@@ -145,7 +138,7 @@ def test_inspect_says_why_a_file_would_not_load(
 def test_inspect_with_the_model_checks_the_sizes(
     model: AnimaTransformerModel, tmp_path: Path, miniature: MiniatureFiles, capsys: pytest.CaptureFixture
 ) -> None:
-    path = written({f"{kohya_stem(TO_Q)}.diff": torch.ones(3, 5)}, tmp_path / "a.safetensors")
+    path = tensor_file({f"{kohya_stem(TO_Q)}.diff": torch.ones(3, 5)}, tmp_path / "a.safetensors")
     assert run("inspect", path) == 0
     assert run("inspect", path, "--model", miniature.transformer) == 2
     assert "a full difference of [3, 5], expected" in capsys.readouterr().out
@@ -155,7 +148,7 @@ def test_numbers_beyond_measure_are_still_shown(model: AnimaTransformerModel, tm
     tensors = {
         key: torch.full_like(tensor, 3e38) for key, tensor in tensors_by_key(factors_of_kind(model, "LoHa")).items()
     }
-    found = inspect_adapter(written(tensors, tmp_path / "a.safetensors"))
+    found = inspect_adapter(tensor_file(tensors, tmp_path / "a.safetensors"))
     assert "inf" in "\n".join(as_text(found))
     assert None in json.loads(as_json(found), parse_constant=lambda _: pytest.fail("no JSON"))["blocks"].values()
 

@@ -21,7 +21,6 @@ from tests.adapters.adapting import (
     random_factors,
     table,
     tensors_by_key,
-    tiny_model,
 )
 from tests.adapters.commanding import (
     adapter_file,
@@ -36,18 +35,9 @@ from tests.adapters.commanding import (
     tensor_file,
 )
 
+pytestmark = pytest.mark.usefixtures("unflushed")
+
 ADDABLE = [kind for kind in KINDS_OF_FACTORS if kind != "DoRA"]
-
-
-@pytest.fixture(scope="module")
-def model() -> AnimaTransformerModel:
-    """For its names and sizes; never changed."""
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
 
 
 @pytest.mark.parametrize(

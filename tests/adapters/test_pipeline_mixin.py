@@ -26,13 +26,6 @@ from tests.adapters.adapting import (
     random_factors,
     tiny_model,
 )
-from tests.components import tiny_pipeline_components
-
-
-@pytest.fixture(scope="module")
-def other_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    parts = tiny_pipeline_components(tmp_path_factory.mktemp("components"))
-    return {name: part for name, part in parts.items() if name not in ("transformer", "text_conditioner")}
 
 
 @pytest.fixture

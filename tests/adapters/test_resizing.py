@@ -13,7 +13,7 @@ from anima_peft.adapters.factors import LoKrFactors, LoraFactors
 from anima_peft.adapters.low_rank import Keep, spectrum_of_matrix, spectrum_of_pair
 from anima_peft.adapters.resizing import resize
 from anima_peft.transformer import AnimaTransformerModel
-from tests.adapters.adapting import KINDS_OF_FACTORS, dense, factors_of_kind, random_factors, table, tiny_model
+from tests.adapters.adapting import KINDS_OF_FACTORS, dense, factors_of_kind, random_factors, table
 from tests.adapters.commanding import (
     adapter_file,
     assert_same_deltas,
@@ -26,18 +26,9 @@ from tests.adapters.commanding import (
     tensor_file,
 )
 
+pytestmark = pytest.mark.usefixtures("unflushed")
+
 WITH_RANK = [kind for kind in KINDS_OF_FACTORS if kind not in ("norms", "biases")]
-
-
-@pytest.fixture(scope="module")
-def model() -> AnimaTransformerModel:
-    """For its names and sizes; never changed."""
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anima_peft.files.os.fsync", lambda _: None)
 
 
 @pytest.mark.parametrize("kind", WITH_RANK)

@@ -19,6 +19,7 @@ from anima_peft.models import folders
 from anima_peft.models.encoders import load_text_encoder, load_vae
 from anima_peft.models.folders import load_part
 from anima_peft.models.sources import locate_model, resolve_sources
+from tests.components import miniature_pipeline
 
 from .hostile import POSIX, container, opened, sparse
 
@@ -27,13 +28,7 @@ from .hostile import POSIX, container, opened, sparse
 def whole(miniature: MiniatureFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder."""
     folder = tmp_path_factory.mktemp("diffusers")
-    pipe = AnimaPipeline.from_single_files(
-        transformer=miniature.transformer,
-        text_encoder=miniature.text_encoder,
-        vae=miniature.vae,
-        tokenizer=miniature.tokenizer,
-        t5_tokenizer=miniature.t5_tokenizer,
-    )
+    pipe = miniature_pipeline(miniature)
     pipe.save_pretrained(folder)
     return folder
 

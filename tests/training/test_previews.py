@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from anima_peft import AnimaPipeline
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.training import previews
 from anima_peft.training.run import train
+from tests.components import miniature_pipeline
 
 from .conftest import Configure
 
@@ -72,13 +72,7 @@ def test_a_preview_is_what_the_pipeline_draws_with_the_saved_file(
     flags = ["--max_train_steps", "3", "--sample_prompts", str(prompts), "--sample_every_n_steps", "3", "--use_ema"]
     result = train(configure(*flags, "--learning_rate", "2e-2"))
     assert result.previews is None  # one time makes no strip
-    pipe = AnimaPipeline.from_single_files(
-        transformer=miniature.transformer,
-        text_encoder=miniature.text_encoder,
-        vae=miniature.vae,
-        tokenizer=miniature.tokenizer,
-        t5_tokenizer=miniature.t5_tokenizer,
-    )
+    pipe = miniature_pipeline(miniature)
     pipe.set_progress_bar_config(disable=True)
 
     def difference() -> int:
