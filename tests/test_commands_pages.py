@@ -47,7 +47,9 @@ def test_every_command_is_described() -> None:
     for page in PAGES:
         named = {shlex.split(line)[1] for line in examples(page)}
         assert named == set(commands())
-        table = [row.split(" | ")[0] for row in (DOCS / page).read_text(encoding="utf-8").splitlines() if row[:3] == "| ["]
+        table = [
+            row.split(" | ")[0] for row in (DOCS / page).read_text(encoding="utf-8").splitlines() if row[:3] == "| ["
+        ]
         assert {name for row in table for name in re.findall(r"`([\w-]+)`", row)} == set(commands())
 
 

@@ -22,7 +22,7 @@ from anima_peft.transformer import AnimaTransformerModel
 from tests.components import miniature_pipeline
 
 from .conftest import Configure
-from .test_train import losses_of
+from .outcomes import losses_of
 
 CAPTIONS = """
 shuffle_caption = true
@@ -46,9 +46,7 @@ def folder(pictures: Path, tmp_path: Path) -> Path:
 
 
 def losses(configure: Configure, name: Path, *flags: str, **options: Any) -> list[float]:
-    log = train(configure(*STILL, *flags, output_dir=name, **options)).log_folder
-    assert log is not None
-    return losses_of(log)
+    return losses_of(train(configure(*STILL, *flags, output_dir=name, **options)).log_folder)
 
 
 @pytest.mark.parametrize("network", [[], ["--network_args", "train_llm_adapter=true"]], ids=["frozen", "trained"])
