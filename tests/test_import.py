@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 _SCRIPT = """
 import json, sys
@@ -25,3 +31,21 @@ def test_importing_the_package_adds_few_modules() -> None:
     assert {name.split(".")[0] for name in others} <= {"diffusers", "packaging"}
     # Anima's own modules of diffusers, and what those import.
     assert len(others) <= 30, others
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Not only brought in by other packages, which may cease to do so."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    texts = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    declared = {name.replace("-", "_") for text in texts for name in re.findall(r"^[\w-]+", text, re.M)}
+    imported: set[str] = set()
+    for file in (ROOT / "anima_peft").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                imported.add(node.module.split(".")[0])
+    others = {"pillow" if name == "PIL" else name for name in imported - set(sys.stdlib_module_names)}
+    assert {"torch", "diffusers", "peft"} <= others
+    assert others <= declared | {"anima_peft"}
