@@ -6,7 +6,6 @@ mistake. Seeds are fixed and the global random state is left as it was.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,14 @@ from diffusers import (
     CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
 )
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model, T5TokenizerFast
 
+from anima_peft.miniature import MiniatureFiles
+from anima_peft.miniature.random_weights import write_tokenizers
+from anima_peft.pipeline import AnimaPipeline
+
 TEXT_WIDTH = 32
-QWEN_VOCABULARY = 300
+QWEN_VOCABULARY = 320
 T5_VOCABULARY = 128
 
 CORPUS = [
@@ -106,31 +108,21 @@ def tiny_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 def tiny_tokenizers(folder: Path) -> tuple[Qwen2Tokenizer, T5TokenizerFast]:
     """Tokenizers trained on `CORPUS`, saved to `tokenizer/` and `t5_tokenizer/` in `folder` and loaded from there."""
-    bytes_bpe = Tokenizer(models.BPE())
-    bytes_bpe.normalizer = normalizers.NFC()
-    bytes_bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bytes_bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=QWEN_VOCABULARY - 1, initial_alphabet=alphabet, show_progress=False)
-    )
-    trained = json.loads(bytes_bpe.to_str())["model"]
-    merges = [tuple(merge) for merge in trained["merges"]]
-    Qwen2Tokenizer(vocab=trained["vocab"], merges=merges).save_pretrained(folder / "tokenizer")
-
-    unigram = Tokenizer(models.Unigram())
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    unigram.train_from_iterator(
-        CORPUS,
-        trainers.UnigramTrainer(
-            vocab_size=T5_VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False
-        ),
-    )
-    pieces = [(piece, score) for piece, score in json.loads(unigram.to_str())["model"]["vocab"]]
-    T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(folder / "t5_tokenizer")
+    write_tokenizers(folder / "tokenizer", folder / "t5_tokenizer", CORPUS)
     return (
         Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
         T5TokenizerFast.from_pretrained(folder / "t5_tokenizer"),
+    )
+
+
+def miniature_pipeline(files: MiniatureFiles) -> AnimaPipeline:
+    """A pipeline of a written miniature's single files."""
+    return AnimaPipeline.from_single_files(
+        transformer=files.transformer,
+        text_encoder=files.text_encoder,
+        vae=files.vae,
+        tokenizer=files.tokenizer,
+        t5_tokenizer=files.t5_tokenizer,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import huggingface_hub.constants
 import pytest
 import torch
@@ -16,6 +18,12 @@ torch.set_num_threads(1)
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> MiniatureFiles:
     """A small Anima of random weights in single files, with pictures. Read-only: tests copy what they change."""
     return write_random_miniature(tmp_path_factory.mktemp("miniature"))
+
+
+@pytest.fixture
+def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where hundreds of small files are written: to wait for the disk at each would be most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,12 @@ def test_lokr_reports_every_adapter(
     assert "64->128, 8 tokens, float32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", ["benchmarks.md", "benchmarks.zh-CN.md"])
+def test_the_page_names_every_benchmark(page: str) -> None:
+    text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+    assert {row.split("`")[1] for row in text.splitlines() if row.startswith("| `")} == BENCHMARKS.keys()
+
+
 @pytest.mark.parametrize("name", [*BENCHMARKS, "all"])
 def test_every_benchmark_says_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -15,18 +15,8 @@ from anima_peft.data import DatasetSpec, SubsetSpec, scan
 from anima_peft.data.duplicates import near_duplicates
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.training import measuring
+from tests.training.conftest import DATASET
 
-DATASET = """
-[[datasets]]
-resolution = 64
-batch_size = 4
-enable_bucket = true
-min_bucket_reso = 32
-max_bucket_reso = 128
-bucket_reso_steps = 16
-[[datasets.subsets]]
-image_dir = '{pictures}'
-"""
 TRAIN_ARGS = """
 anima_transformer = '{m.transformer}'
 vae = '{m.vae}'
@@ -55,7 +45,7 @@ def check(miniature: MiniatureFiles, pictures: Path, tmp_path: Path, capsys: pyt
 
     def run(*words: str, subset: str = "", train: str | None = None) -> tuple[int, str, str]:
         dataset = tmp_path / "dataset.toml"
-        dataset.write_text(DATASET.format(pictures=pictures) + subset, encoding="utf-8")
+        dataset.write_text(DATASET.format(image_dir=pictures) + subset, encoding="utf-8")
         argv = ["check", "--dataset_config", str(dataset)]
         if train is not None:
             file = tmp_path / "train.toml"

@@ -31,6 +31,10 @@ def test_every_command_is_described() -> None:
     for page in PAGES:
         named = {shlex.split(line)[1] for line in examples(page)}
         assert named == set(COMMANDS)
+        table = [
+            row.split(" | ")[0] for row in (DOCS / page).read_text(encoding="utf-8").splitlines() if row[:3] == "| ["
+        ]
+        assert {name for row in table for name in re.findall(r"`([\w-]+)`", row)} == set(COMMANDS)
 
 
 def test_both_languages_have_the_same_examples() -> None:

@@ -5,14 +5,20 @@ The command's own help does without any of it.
 
 from __future__ import annotations
 
+import ast
+import configparser
 import json
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from anima_peft_command import COMMANDS
+
+ROOT = Path(__file__).parents[1]
 
 _SCRIPT = """
 import json, sys
@@ -62,3 +68,21 @@ def test_every_command_has_its_help(name: str, capsys: pytest.CaptureFixture[str
         pkgutil.resolve_name(COMMANDS[name].entry)(["--help"])
     assert end.value.code == 0
     assert f"anima-peft {name}" in capsys.readouterr().out
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Not only brought in by other packages, which may cease to do so."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    texts = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    declared = {name.replace("-", "_") for text in texts for name in re.findall(r"^[\w-]+", text, re.M)}
+    imported: set[str] = set()
+    for file in (ROOT / "anima_peft").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                imported.add(node.module.split(".")[0])
+    others = {"pillow" if name == "PIL" else name for name in imported - set(sys.stdlib_module_names)}
+    assert {"torch", "diffusers", "peft"} <= others
+    assert others <= declared | {"anima_peft"}

@@ -37,7 +37,7 @@ from tests.adapters.adapting import (
     tensors_by_key,
     tiny_model,
 )
-from tests.adapters.commanding import metadata_of, parsed, run, tensor_file
+from tests.adapters.commanding import adapter_file, metadata_of, parsed, run, tensor_file
 
 pytestmark = pytest.mark.usefixtures("unflushed")
 
@@ -117,7 +117,7 @@ def test_the_output_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_stock_diffusers_loads_what_was_converted(kind: str, tmp_path: Path) -> None:
     model, factors = tiny_model(), factors_of_kind(tiny_model(), kind, alpha=0.7)
-    start = tensor_file(tensors_by_key(factors), tmp_path / "start.safetensors")
+    start = adapter_file(factors, tmp_path / "start.safetensors")
     pipe = AnimaAutoBlocks().init_pipeline()
     pipe.update_components(transformer=model.transformer, text_conditioner=model.text_conditioner)
     pipe.load_lora_weights(str(convert(start, tmp_path / "new.safetensors", "diffusers").path))
@@ -137,7 +137,7 @@ def test_infinite_alphas_beside_full_factors_become_finite_ones(model: AnimaTran
 
 def test_what_the_command_says(model: AnimaTransformerModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     factors = factors_of_kind(model, "LoRA", alpha=3.3)
-    start = tensor_file(tensors_by_key(factors), tmp_path / "start.safetensors")
+    start = adapter_file(factors, tmp_path / "start.safetensors")
     half = tensor_file(of_dtype(factors, torch.bfloat16), tmp_path / "half.safetensors")
 
     def said(source: Path, *options: str) -> str:
@@ -156,7 +156,7 @@ def test_what_the_command_says(model: AnimaTransformerModel, tmp_path: Path, cap
 
 def test_what_a_narrow_dtype_costs_is_measured(model: AnimaTransformerModel, tmp_path: Path) -> None:
     factors = factors_of_kind(model, "LoRA")
-    start = tensor_file(tensors_by_key(factors), tmp_path / "start.safetensors")
+    start = adapter_file(factors, tmp_path / "start.safetensors")
     done = convert(start, tmp_path / "new.safetensors", "kohya", dtype=torch.bfloat16)
     after = parsed(done.path, model)
     changes = {name: float((dense(after[name]) - dense(f)).norm() / dense(f).norm()) for name, f in factors.items()}
@@ -178,7 +178,7 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused_before_anything_is_written
 def test_nothing_is_overwritten_unasked(
     model: AnimaTransformerModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    start = tensor_file(tensors_by_key(factors_of_kind(model, "LoRA")), tmp_path / "start.safetensors")
+    start = adapter_file(factors_of_kind(model, "LoRA"), tmp_path / "start.safetensors")
     new = tmp_path / "new.safetensors"
     new.write_bytes(b"mine")
     assert run("convert", start, new, "--format", "comfy") == 2
@@ -201,7 +201,7 @@ def test_nothing_is_overwritten_unasked(
     ],
 )
 def test_wrong_arguments_of_convert(output_name: str, style: str, words: str, tmp_path: Path) -> None:
-    start = tensor_file(tensors_by_key(factors_of_kind(tiny_model(), "norms")), tmp_path / "start.safetensors")
+    start = adapter_file(factors_of_kind(tiny_model(), "norms"), tmp_path / "start.safetensors")
     with pytest.raises(InputError, match=words):
         convert(start, tmp_path / output_name, cast(Format, style))
 
@@ -209,7 +209,7 @@ def test_wrong_arguments_of_convert(output_name: str, style: str, words: str, tm
 def test_metadata_goes_along_as_far_as_it_is_true(model: AnimaTransformerModel, tmp_path: Path) -> None:
     factors = factors_of_kind(model, "LoRA")
     given = {"ss_steps": "7", "modelspec.title": "画", "sshs_model_hash": "0", "modelspec.hash_sha256": "0x0"}
-    start = tensor_file(tensors_by_key(factors), tmp_path / "start.safetensors", given)
+    start = adapter_file(factors, tmp_path / "start.safetensors", given)
     kohya, stock = (convert(start, tmp_path / f"{f}.safetensors", f).path for f in ("kohya", "diffusers"))
     for path in (kohya, stock):
         metadata = metadata_of(path)

@@ -162,7 +162,9 @@ def test_alphas_come_in_every_form(factors: Factors, modules: ModuleTable) -> No
 
 def test_linears_stored_as_convolutions(factors: Factors, modules: ModuleTable) -> None:
     tensors = {k: t[..., None, None] if t.ndim == 2 else t for k, t in as_file(factors, "kohya").items()}
-    for name, back in read(tensors, modules).items():
+    found = read(tensors, modules)
+    assert found.keys() == factors.keys()
+    for name, back in found.items():
         assert torch.equal(delta(back), delta(factors[name]))
 
 

@@ -25,6 +25,7 @@ from tests.adapters.adapting import (
     add_explicitly,
     as_file,
     assert_close,
+    explicit,
     factors_of_kind,
     kohya_stem,
     output,
@@ -32,16 +33,9 @@ from tests.adapters.adapting import (
     tensors_by_key,
     tiny_model,
 )
-from tests.components import tiny_pipeline_components
 
 TOLERANCE = 1e-5
 kinds = pytest.mark.parametrize("kind", KINDS_OF_FACTORS)
-
-
-def explicitly(factors: Any, strength: float = 1.0) -> torch.Tensor:
-    model = tiny_model()
-    add_explicitly(model, factors, strength)
-    return output(model)
 
 
 def swap(model: AnimaTransformerModel, tensors: Tensors, name: str = "one") -> None:
@@ -61,7 +55,7 @@ def test_the_new_files_output_without_a_new_layer(kind: str) -> None:
     layers, parameters = Snapshot.of(model.components).layers, [id(p) for p in model.parameters()]
     other = factors_of_kind(model, kind, seed=1)
     swap(model, tensors_by_key(other, "diffusers"))
-    assert_close(output(model), explicitly(other, 0.6), TOLERANCE)
+    assert_close(output(model), output(explicit(other, 0.6)), TOLERANCE)
     assert Snapshot.of(model.components).layers == layers
     assert [id(p) for p in model.parameters()] == parameters
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -74,10 +68,10 @@ def test_another_alpha_goes_into_the_factors(kind: str) -> None:
     other = factors_of_kind(model, kind, seed=1, alpha=0.7)
     scaling = [entry[2] for entry in Snapshot.of(model.components).adapters]
     swap(model, tensors_by_key(other))
-    assert_close(output(model), explicitly(other), TOLERANCE)
+    assert_close(output(model), output(explicit(other)), TOLERANCE)
     assert [entry[2] for entry in Snapshot.of(model.components).adapters] == scaling
     model.set_adapters("one", 0.25)
-    assert_close(output(model), explicitly(other, 0.25), TOLERANCE)
+    assert_close(output(model), output(explicit(other, 0.25)), TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoRA and biases"])
@@ -88,7 +82,7 @@ def test_ranks_fit_into_the_room_that_was_asked_for(kind: str) -> None:
     for rank in (5, 2, 4):
         other = factors_of_kind(model, kind, seed=rank, rank=rank)
         swap(model, tensors_by_key(other))
-        assert_close(output(model), explicitly(other), TOLERANCE)
+        assert_close(output(model), output(explicit(other)), TOLERANCE)
         back = read_adapter(model.components, "one")
         assert {factors.rank for factors in back.values()} == {5}  # type: ignore[union-attr]
     with pytest.raises(InputError, match=f"{TO_Q if kind != 'LoRA and biases' else 'llm_adapter'}.*it has rank 6"):
@@ -101,7 +95,7 @@ def test_a_smaller_rank_needs_no_room() -> None:
     model = loaded("LoRA", rank=4)
     other = random_factors(model, SOME_MODULES, seed=3, rank=1)
     swap(model, as_file(other, "kohya"))
-    assert_close(output(model), explicitly(other), TOLERANCE)
+    assert_close(output(model), output(explicit(other)), TOLERANCE)
 
 
 def test_room_is_asked_for_before_the_first_adapter() -> None:
@@ -123,7 +117,7 @@ def test_one_of_two_adapters_is_swapped_and_the_other_stays() -> None:
     assert_close(output(model), output(expected), TOLERANCE)
     model.set_adapters("two")
     swap(model, tensors_by_key(factors_of_kind(model, "LoRA")))  # the one that is not active
-    assert_close(output(model), explicitly(fixed), TOLERANCE)
+    assert_close(output(model), output(explicit(fixed)), TOLERANCE)
 
 
 def without(tensors: Tensors, part: str) -> Tensors:
@@ -222,18 +216,17 @@ def test_a_copy_that_runs_out_of_memory_changes_nothing(monkeypatch: pytest.Monk
     assert Snapshot.of(model.components) == before
 
 
-def test_through_pipelines(tmp_path_factory: pytest.TempPathFactory) -> None:
-    parts = tiny_pipeline_components(tmp_path_factory.mktemp("components"))
+def test_through_pipelines(parts: dict[str, Any]) -> None:
     model = tiny_model()
     pipe = AnimaPipeline(**parts | model.components)
     pipe.enable_lora_hotswap(target_rank=4)
     pipe.load_lora_weights(tensors_by_key(factors_of_kind(model, "LoRA")), "one")
     other = factors_of_kind(model, "LoRA", seed=1, rank=3)
     pipe.load_lora_weights(tensors_by_key(other), "one", hotswap=True)
-    assert_close(output(model), explicitly(other), TOLERANCE)
+    assert_close(output(model), output(explicit(other)), TOLERANCE)
     other = factors_of_kind(tiny_model(), "LoRA", seed=2, rank=4)
     load_adapter(model.components, tensors_by_key(other), "one", hotswap=True)
-    assert_close(output(model), explicitly(other), TOLERANCE)
+    assert_close(output(model), output(explicit(other)), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["two", None])
@@ -268,7 +261,7 @@ def test_a_narrow_base(dtype: torch.dtype) -> None:
     model.load_lora_adapter(tensors_by_key(factors_of_kind(tiny_model(), "LoRA")), "one")
     other = factors_of_kind(tiny_model(), "LoRA", seed=1, alpha=0.9)
     swap(model, tensors_by_key(other))
-    assert_close(output(model).float(), explicitly(other), 20 * torch.finfo(dtype).eps)
+    assert_close(output(model).float(), output(explicit(other)), 20 * torch.finfo(dtype).eps)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
@@ -287,7 +280,7 @@ def test_compiled_blocks_are_not_compiled_again(kind: str) -> None:
     for seed, rank in ((1, 2), (2, 4 if "LoRA" in kind else 2)):
         other = factors_of_kind(model, kind, seed=seed, rank=rank, alpha=1.0 + seed)
         swap(model, tensors_by_key(other))
-        assert_close(output(model), explicitly(other), TOLERANCE)
+        assert_close(output(model), output(explicit(other)), TOLERANCE)
         assert counter.frame_count == compiled
 
 
@@ -301,5 +294,5 @@ def test_a_wholly_compiled_transformer_takes_swaps_and_is_not_compiled_again() -
     assert compiled > 0
     other = factors_of_kind(tiny_model(), "LoRA", seed=1)
     swap(model, tensors_by_key(other))
-    assert_close(output(model), explicitly(other), TOLERANCE)
+    assert_close(output(model), output(explicit(other)), TOLERANCE)
     assert counter.frame_count == compiled

@@ -22,18 +22,7 @@ from tests.adapters.adapting import (
     kohya_stem,
     random_factors,
     table,
-    tiny_model,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> AnimaTransformerModel:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def untouched(model: AnimaTransformerModel) -> Snapshot:
-    return Snapshot.of(model.components)
 
 
 def container(header: object, data: bytes = b"\0" * 64) -> bytes:

@@ -36,7 +36,6 @@ from tests.adapters.adapting import (
     factors_of_kind,
     kohya_stem,
     output,
-    table,
     tensors_by_key,
     tiny_model,
 )
@@ -55,21 +54,6 @@ KIND_OF = {
 
 
 @pytest.fixture(scope="module")
-def model() -> AnimaTransformerModel:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def modules(model: AnimaTransformerModel) -> ModuleTable:
-    return table(model)
-
-
-@pytest.fixture(scope="module")
-def untouched(model: AnimaTransformerModel) -> Snapshot:
-    return Snapshot.of(model.components)
-
-
-@pytest.fixture(scope="module")
 def healthy(model: AnimaTransformerModel) -> Tensors:
     """One file with every kind in it."""
     factors: dict[Any, Any] = {}
@@ -80,44 +64,48 @@ def healthy(model: AnimaTransformerModel) -> Tensors:
 
 
 CONFIG = "lora_adapter_metadata"
+Check = Callable[[Path], Deltas | None]
 
 
-def require_whole_or_nothing(
-    path: Path, model: AnimaTransformerModel, modules: ModuleTable, untouched: Snapshot
-) -> Deltas | None:
-    """Load the file, hold the outcome against `interpret`, and leave the model as it was."""
-    try:
-        expected = interpret(load_file(path), modules)
-    except SafetensorError:
-        expected = None
-    if expected is None:
-        with pytest.raises(InputError) as error:
-            model.load_lora_adapter(path, "mutant")
-        assert str(path) in str(error.value)
-        assert len(str(error.value)) < 5000
+@pytest.fixture
+def whole_or_nothing(model: AnimaTransformerModel, modules: ModuleTable, untouched: Snapshot) -> Check:
+    """Loads a file, holds the outcome against `interpret`, and leaves the model as it was."""
+
+    def check(path: Path) -> Deltas | None:
+        try:
+            expected = interpret(load_file(path), modules)
+        except SafetensorError:
+            expected = None
+        if expected is None:
+            with pytest.raises(InputError) as error:
+                model.load_lora_adapter(path, "mutant")
+            assert str(path) in str(error.value)
+            assert len(str(error.value)) < 5000
+            assert Snapshot.of(model.components) == untouched
+            return None
+        model.load_lora_adapter(path, "mutant")
+        found = {name.native: factors for name, factors in read_adapter(model.components, "mutant").items()}
+        assert found.keys() == expected.keys()
+        for native, (weight, bias) in expected.items():
+            same = [(found[native].bias, bias)]
+            if weight is not None:
+                same.append((dense(found[native]), weight))
+            for ours, theirs in same:
+                assert (ours is None) == (theirs is None)
+                if ours is not None and theirs is not None:
+                    assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()
+        model.delete_adapters("mutant")
         assert Snapshot.of(model.components) == untouched
-        return None
-    model.load_lora_adapter(path, "mutant")
-    found = {name.native: factors for name, factors in read_adapter(model.components, "mutant").items()}
-    assert found.keys() == expected.keys()
-    for native, (weight, bias) in expected.items():
-        same = [(found[native].bias, bias)]
-        if weight is not None:
-            same.append((dense(found[native]), weight))
-        for ours, theirs in same:
-            assert (ours is None) == (theirs is None)
-            if ours is not None and theirs is not None:
-                assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()
-    model.delete_adapters("mutant")
-    assert Snapshot.of(model.components) == untouched
-    return expected
+        return expected
+
+    return check
 
 
 def test_the_healthy_file_loads(
-    healthy: Tensors, model: AnimaTransformerModel, modules: ModuleTable, untouched: Snapshot, tmp_path: Path
+    healthy: Tensors, model: AnimaTransformerModel, modules: ModuleTable, whole_or_nothing: Check, tmp_path: Path
 ) -> None:
     save_file(healthy, tmp_path / "a.safetensors")
-    expected = require_whole_or_nothing(tmp_path / "a.safetensors", model, modules, untouched)
+    expected = whole_or_nothing(tmp_path / "a.safetensors")
     assert expected is not None
     assert expected.keys() == KIND_OF.keys()
     explicit = tiny_model()
@@ -178,14 +166,12 @@ def test_damaged_bytes(
     change: str,
     seed: int,
     healthy: Tensors,
-    model: AnimaTransformerModel,
-    modules: ModuleTable,
-    untouched: Snapshot,
+    whole_or_nothing: Check,
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(BYTES[change](random.Random(f"{change} {seed}"), save(healthy, {"ss_note": "mine"})))
-    outcome = require_whole_or_nothing(path, model, modules, untouched)
+    outcome = whole_or_nothing(path)
     if change in ("truncated", "lengthened"):
         assert outcome is None
 
@@ -291,15 +277,13 @@ def test_damaged_tensors(
     change: str,
     seed: int,
     healthy: Tensors,
-    model: AnimaTransformerModel,
-    modules: ModuleTable,
-    untouched: Snapshot,
+    whole_or_nothing: Check,
     tmp_path: Path,
 ) -> None:
     tensors = dict(healthy)
     TENSORS[change](random.Random(f"{change} {seed}"), tensors)
     save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
-    outcome = require_whole_or_nothing(tmp_path / "a.safetensors", model, modules, untouched)
+    outcome = whole_or_nothing(tmp_path / "a.safetensors")
     if change in ("another_models_keys", "named_twice"):
         assert outcome is None
 
@@ -321,13 +305,11 @@ IDLE = {
 def test_idle_metadata_is_no_hindrance(
     text: str,
     healthy: Tensors,
-    model: AnimaTransformerModel,
-    modules: ModuleTable,
-    untouched: Snapshot,
+    whole_or_nothing: Check,
     tmp_path: Path,
 ) -> None:
     save_file(healthy, tmp_path / "a.safetensors", IDLE[text])
-    assert require_whole_or_nothing(tmp_path / "a.safetensors", model, modules, untouched) is not None
+    assert whole_or_nothing(tmp_path / "a.safetensors") is not None
 
 
 def test_reading_keeps_no_hold_on_the_file(healthy: Tensors, tmp_path: Path) -> None:

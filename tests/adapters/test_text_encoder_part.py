@@ -18,14 +18,9 @@ from tests.adapters.adapting import (
     tensors_by_key,
     tiny_model,
 )
-from tests.components import tiny_pipeline_components, tiny_text_encoder
+from tests.components import tiny_text_encoder
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tiny_pipeline_components(tmp_path_factory.mktemp("components"))
 
 
 def text_encoder_file(style: str = "kohya") -> tuple[Tensors, dict[str, torch.Tensor]]:

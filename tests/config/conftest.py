@@ -12,6 +12,9 @@ import toml
 
 from anima_peft.config import RunConfig, load
 from anima_peft.config.loading import OPTIONS
+from anima_peft.errors import InputError
+
+from .root_style import OLDER, PLACES
 
 TRAIN_ARGS = {
     "anima_transformer": "models/anima",
@@ -20,7 +23,9 @@ TRAIN_ARGS = {
     "output_dir": "out",
     "output_name": "lora",
 }
-DATASET = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\n'
+PICTURES = '[[datasets.subsets]]\nimage_dir = "pictures"\n'
+DATASET = "[[datasets]]\n" + PICTURES
+PROMPTS = str(Path(__file__).with_name("prompts.txt"))
 
 Load = Callable[..., RunConfig]
 
@@ -49,3 +54,24 @@ def load_with(tmp_path: Path) -> Load:
         return load(["--config_file", str(train_file), "--dataset_config", str(dataset_file), *argv])
 
     return run
+
+
+def faults_of(error: InputError) -> list[str]:
+    """The faults of a report, whose heading counts them."""
+    heading, *lines = str(error).split("\n  - ")
+    count = "1 fault " if len(lines) == 1 else f"{len(lines)} faults "
+    assert f"The configuration has {count}" in heading + " "
+    return lines
+
+
+def dataset(keys: str = "", subset: str = "", general: str = "") -> str:
+    """A dataset TOML with further keys of its three tables."""
+    return f"[general]\n{general}\n[[datasets]]\n{keys}\n{PICTURES}{subset}\n"
+
+
+@pytest.fixture
+def old_file(tmp_path: Path) -> Path:
+    """A file of the older one-file layout."""
+    path = tmp_path / "旧 root.toml"
+    path.write_text(OLDER.format(**PLACES), encoding="utf-8")
+    return path

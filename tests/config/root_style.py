@@ -1,6 +1,12 @@
-"""Files of the older one-file layout: one of each generation."""
+"""Files of the older one-file layout: one of each generation, and the command that converts them."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from anima_peft.migrate_command import migrate_file
+
+from anima_peft.cli import report_faults
 
 # save_every counts epochs; t5_tokenizer_path; further sections
 OLDER = """
@@ -135,3 +141,8 @@ PLACES = {
     "pictures": "C:\\pictures\\图片",
     "output": "out",
 }
+
+
+def convert(*words: str | Path) -> int:
+    """The exit code of the command."""
+    return report_faults(lambda: migrate_file([str(word) for word in words], prog="convert"))

@@ -8,7 +8,7 @@ import pytest
 
 from anima_peft.errors import InputError
 
-from .test_faults import faults_of
+from .conftest import faults_of
 
 NO_DOWNLOADS = {"auto_download_qwen_tokenizer": False, "auto_download_t5_tokenizer": False}
 

@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 
 from anima_peft.adapters.writing import Format
-from anima_peft.config import TrainOptions, build_parser, foreign, load
-from anima_peft.config.dataset_options import DatasetKeys, SubsetKeys
 from anima_peft.config.loading import GROUPS, OPTIONS
-from anima_peft.config.options import options_of
 from anima_peft.errors import InputError
-from anima_peft.training import flow, losses, optimizers
+from anima_peft.training import flow, losses
 from anima_peft.training.device import DTYPES
 
-from .conftest import DATASET, values_of
+from .conftest import DATASET, PROMPTS, values_of
 
-PROMPTS = str(Path(__file__).with_name("prompts.txt"))
 TRACKER = str(Path(__file__).parents[1] / "effects" / "tracker.toml")
 
 # option: (value in the TOML, words on the command line, value kept)
@@ -284,24 +279,6 @@ def test_argument_from_toml_and_command_line(load_with, name: str) -> None:
     assert values_of(load_with(beside, argv=(f"--{listed}", f"{name} = {text}")))[name] == kept
 
 
-@pytest.mark.parametrize(
-    ("flat", "listed", "argv", "kept"),
-    [
-        (None, None, (), True),
-        (False, None, (), False),
-        (None, "false", (), False),
-        (False, "false", (), False),
-        (True, None, ("--no-train_norm",), False),
-        (None, "true", ("--no-train_norm",), False),
-        (False, None, ("--network_args", "train_norm=true"), True),
-    ],
-)
-def test_train_norm_may_stand_in_two_places(load_with, flat, listed, argv, kept) -> None:
-    values = {} if flat is None else {"train_norm": flat}
-    values |= {} if listed is None else {"network_args": [f"train_norm={listed}"]}
-    assert values_of(load_with(values, argv=argv))["train_norm"] is kept
-
-
 @pytest.mark.parametrize("name", [o.name for o in OPTIONS.values() if o.kind.name == "SWITCH" and not o.rules.inside])
 def test_a_switch_can_be_turned_off_on_the_command_line(load_with, name: str) -> None:
     if name.endswith("_to_disk"):
@@ -312,55 +289,6 @@ def test_a_switch_can_be_turned_off_on_the_command_line(load_with, name: str) ->
         if name == "sample_at_first":
             beside = {**beside, "sample_every_n_steps": 1}  # without any, the prompts would have no effect
         assert values_of(load_with({**beside, name: True}, argv=(f"--no-{name}",)))[name] is False
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("attn-mlp,to_q", ["attn-mlp", "to_q"]),
-        ('["to_q", "to_k"]', ["to_q", "to_k"]),
-        ("('to_q',)", ["to_q"]),
-        (r"[qk]_proj", ["[qk]_proj"]),
-        (r"(self|cross)_attn\..*", [r"(self|cross)_attn\..*"]),
-        ('["x{1,2}"]', ["x{1,2}"]),
-        (r"""['blocks\.\d+\.b', "mlp\\.1",]""", [r"blocks\.\d+\.b", r"mlp\.1"]),
-        ("[to_q, to_k]", ["to_q", "to_k"]),
-    ],
-)
-def test_lists_inside_arguments(load_with, text: str, kept: list[str]) -> None:
-    assert values_of(load_with({"network_args": [f"target_modules={text}"]}))["target_modules"] == kept
-
-
-@pytest.mark.parametrize(
-    ("text", "key", "value"),
-    [
-        ("betas=0.9,0.99", "betas", (0.9, 0.99)),
-        ("betas = (0.9, 0.99)", "betas", (0.9, 0.99)),
-        ("betas=[0.9, 0.99]", "betas", [0.9, 0.99]),
-        ("amsgrad=True", "amsgrad", True),
-        ("amsgrad=false", "amsgrad", False),
-        ("weight_decay=1e-2", "weight_decay", 0.01),
-    ],
-)
-def test_arguments_as_other_trainers_write_them(load_with, text: str, key: str, value: object) -> None:
-    assert load_with({"optimizer_args": [text]}).train.optimizer.arguments == {key: value}
-
-
-@pytest.mark.parametrize(
-    ("written", "kept"),
-    [
-        ("", "AdamW"),
-        ("adamw8BIT", None),
-        ("radam_schedulefree", "RAdamScheduleFree"),
-        ("AdamW_ScheduleFree", "AdamWScheduleFree"),
-        ("prodigy", "Prodigy"),
-        ("torch.optim.NAdam", "torch.optim.NAdam"),
-    ],
-)
-def test_optimizers_by_any_spelling(load_with, monkeypatch: pytest.MonkeyPatch, written: str, kept: str | None) -> None:
-    monkeypatch.setattr(optimizers, "load_class", lambda path, extra="": torch.optim.AdamW)
-    run = load_with({"optimizer_type": written})
-    assert run.train.optimizer.optimizer_type == (kept or "AdamW8bit")
 
 
 def test_defaults_are_those_that_users_know(load_with) -> None:
@@ -401,116 +329,8 @@ def test_alpha_zero_stands_for_the_dim(load_with) -> None:
     assert load_with({"network_alpha": 0, "network_dim": 8}).train.network.network_alpha == 8.0
 
 
-@pytest.mark.parametrize(
-    ("alias", "name", "written", "kept"),
-    [
-        ("pretrained_model_name_or_path", "anima_transformer", "m", "m"),
-        ("qwen3", "qwen", "q", "q"),
-        ("t5_tokenizer_path", "t5_tokenizer_dir", "t", "t"),
-        ("qwen3_max_token_length", "anima_seq_len", 128, 128),
-        ("t5_max_token_length", "anima_seq_len", 128, 128),
-        ("anima_timestep_sampling", "timestep_sampling", "uniform", "uniform"),
-        ("anima_timestep_sampling", "timestep_sampling", "logit_normal", "sigmoid"),
-        ("anima_sigmoid_scale", "sigmoid_scale", 2, 2.0),
-        ("anima_flow_shift", "discrete_flow_shift", 1, 1.0),
-        ("anima_noise_offset", "noise_offset", 0.1, 0.1),
-        ("anima_attention_backend", "attn_mode", "torch", "torch"),
-        ("transformer_lr", "unet_lr", 1e-5, 1e-5),
-        ("compile_backend", "dynamo_backend", "inductor", "inductor"),
-    ],
-)
-def test_aliases(load_with, alias: str, name: str, written: Any, kept: Any) -> None:
-    assert values_of(load_with({name: None, alias: written}))[name] == kept
-    assert values_of(load_with({name: None}, argv=(f"--{alias}", str(written))))[name] == kept
-    assert values_of(load_with({name: written, alias: written}))[name] == kept
-
-
-def test_command_line_beats_train_args_beats_default(load_with) -> None:
-    assert values_of(load_with())["network_dim"] == 4
-    assert values_of(load_with({"network_dim": 8}))["network_dim"] == 8
-    assert values_of(load_with({"network_dim": 8}, argv=("--network_dim", "16")))["network_dim"] == 16
-    beaten = load_with({"qwen3": "from/toml"}, argv=("--qwen=from/flags",))
-    assert values_of(beaten)["qwen"] == "from/flags"
-
-
-def test_sections_are_flattened(load_with) -> None:
-    text = '[a]\nanima_transformer = "m"\nlearning_rate = 1\n[b]\nnetwork_module = "networks.lora_anima"\n'
-    run = load_with(text + 'output_dir = "o"\noutput_name = "n"\nseed = 1\n')
-    assert (run.train.loop.seed, run.train.save.output_name) == (1, "n")
-
-
-def test_the_whole_configuration_may_stand_on_the_command_line(tmp_path: Path) -> None:
-    dataset = tmp_path / "d.toml"
-    dataset.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "p"\n')
-    words = ["--anima_transformer", "m", "--network_module", "networks.lora_anima", "--learning_rate", "1e-4"]
-    run = load([*words, "--output_dir", "o", "--output_name", "n", "--dataset_config", str(dataset)])
-    assert run.resolved.splitlines()[1:3] == ["# train args: none", f"# dataset: {dataset}"]
-    assert run.train.optimizer.learning_rate == 1e-4
-
-
-def test_train_args_may_name_the_dataset_config(tmp_path: Path, load_with) -> None:
-    named = tmp_path / "named.toml"
-    named.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "named"\n')
-    load_with({"dataset_config": str(named)})  # writes train.toml; its own flag wins here
-    run = load(["--config_file", str(tmp_path / "train.toml")])
-    assert run.datasets[0].subsets[0].image_dir == Path("named")
-
-
-def test_nothing_is_created_or_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_with) -> None:
-    monkeypatch.chdir(tmp_path)
-    load_with()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.toml", "train.toml"]
-
-
 def test_empty_text_leaves_an_optional_option_unset(load_with) -> None:
     assert load_with({"vae": "", "resume": ""}).train.model.vae is None
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"shuffle_caption": False, "keep_tokens": 0, "caption_dropout_rate": 0.0, "base_weights": []},
-        {"weighting_scheme": "none", "loss_type": "l2", "max_timestep": 1000, "multires_noise_discount": 0.3},
-        {"save_model_as": "safetensors", "network_train_unet_only": True, "text_encoder_lr": [0, 0.0]},
-        {"anima_noise_offset": 0.0, "sdpa": True, "huber_schedule": "snr", "loss_type": "l2"},
-        {"network_args": ["rank_dropout=0", "conv_dim=0"]},
-    ],
-)
-def test_foreign_options_that_ask_for_nothing_are_taken(load_with, given: dict[str, Any]) -> None:
-    load_with(given)
-
-
-def test_foreign_flags_that_ask_for_nothing_are_taken(load_with) -> None:
-    load_with(argv=("--keep_tokens", "0", "--text_encoder_lr", "0", "0", "--network_train_unet_only"))
-
-
-def test_no_foreign_option_is_also_ours() -> None:
-    ours = {name for cls in (*GROUPS.values(), DatasetKeys, SubsetKeys) for o in options_of(cls) for name in o.names}
-    assert not ours & foreign.TRAIN_OPTIONS.keys()
-    for name, table in foreign.ARGUMENTS.items():
-        assert not table.keys() & {o.name for o in OPTIONS.values() if o.rules.inside == name}
-
-
-def test_help_names_every_option_and_its_default() -> None:
-    text = " ".join(build_parser("anima-peft train").format_help().split())
-    assert text.startswith("usage: anima-peft train --config_file")
-    for option in OPTIONS.values():
-        assert (f" {option.name}: " if option.rules.inside else f"--{option.name}") in text
-    assert "Default: 512." in text
-    assert "--shuffle_caption" in text
-    assert "--min_snr_gamma" not in text
-
-
-def test_help_is_printed_and_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        load(["--help"], prog="anima-peft train")
-    assert leaving.value.code == 0
-    assert "usage: anima-peft train" in capsys.readouterr().out
-
-
-def test_every_option_has_a_help_text() -> None:
-    assert all(len(option.rules.help) > 10 and option.rules.help.endswith(".") for option in OPTIONS.values())
-    assert set(GROUPS) == set(TrainOptions.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(

@@ -24,18 +24,7 @@ from anima_peft.data import (
 from anima_peft.errors import InputError
 
 from .conftest import written
-
-
-def encode_latents(pixels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.avg_pool2d(pixels, 8).mean(1, keepdim=True).expand(-1, 16, -1, -1)
-
-
-def encode_captions(captions: list[str]) -> list[dict[str, torch.Tensor]]:
-    return [{"prompt_embeds": torch.ones(len(caption), 4)} for caption in captions]
-
-
-def draw_sigma(generator: torch.Generator, size: tuple[int, int]) -> float:
-    return torch.rand((), generator=generator).item() * size[0] / 64
+from .encoders import draw_sigma, encode_captions, encode_latents
 
 
 @pytest.fixture

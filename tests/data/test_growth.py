@@ -36,8 +36,7 @@ from anima_peft.data.summary import bucket_rows
 from anima_peft.training.settings import _fingerprint
 
 from .conftest import written
-from .test_cached_dataset import draw_sigma, encode_captions, encode_latents
-from .test_caching import encode
+from .encoders import draw_sigma, encode, encode_captions, encode_latents
 
 _MOST_BYTES = 2300  # of memory for a picture; 100,000 may take 300 MB with what a run takes besides
 

@@ -25,7 +25,7 @@ from anima_peft.data import (
 )
 
 from .conftest import noise_image
-from .test_cached_dataset import encode_captions, encode_latents
+from .encoders import encode_captions, encode_latents
 
 MakePictures = Callable[..., Path]
 Keys = dict[str, object]

@@ -33,7 +33,7 @@ from anima_peft.data import (
 from anima_peft.data.buckets import place
 from anima_peft.data.variation import Variation, change_colors, draw_variation
 
-from .test_cached_dataset import draw_sigma, encode_captions, encode_latents
+from .encoders import draw_sigma, encode_captions, encode_latents
 
 MakePictures = Callable[..., Path]
 

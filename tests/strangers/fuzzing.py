@@ -6,20 +6,31 @@ ANIMA_FUZZ_SEED=7 pytest -m fuzz -k captions                  # the seed that a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
+from anima_peft.errors import InputError
+
+FUZZ = [
+    pytest.mark.fuzz,
+    pytest.mark.timeout(0),  # of the whole; each input has its own
+    pytest.mark.filterwarnings("ignore"),  # libraries warn of what they see
+    pytest.mark.usefixtures("bounded_memory"),
+]
 Value = TypeVar("Value")
 TARGETS = 10
 SECONDS = float(os.environ.get("ANIMA_FUZZ_SECONDS", "600")) / TARGETS
 _ROUND = 100  # examples, between two looks at the clock
+_LONGEST_MESSAGE = 20_000
 _DEADLINE = 20_000  # ms for one example; a machine may have other work
 
 
@@ -92,3 +103,14 @@ json_values = st.recursive(
     max_leaves=8,
 )
 """Whatever JSON and TOML can hold, and NaN."""
+
+
+@contextlib.contextmanager
+def faults_are_told() -> Iterator[None]:
+    """Lets through what the documentation says, in a message of bounded length."""
+    told: list[InputError] = []
+    try:
+        yield
+    except InputError as error:
+        told.append(error)
+    assert all(0 < len(str(error)) < _LONGEST_MESSAGE for error in told)

@@ -12,18 +12,28 @@ from anima_peft import limited
 from anima_peft.config import files
 from anima_peft.data import cache, captions, pixels
 
-from . import test_adapters, test_caches, test_captions, test_commands, test_configs, test_models, test_pictures
+from . import (
+    test_adapters,
+    test_caches,
+    test_captions,
+    test_checkpoints,
+    test_commands,
+    test_configs,
+    test_model_folders,
+    test_pictures,
+    test_tokenizer_folders,
+)
 
 TABLES = {
     "pictures": (test_pictures.PICTURES, test_pictures.ON_POSIX, test_pictures.MASKS),
     "captions": (test_captions.CAPTIONS, test_captions.ON_POSIX, test_captions.METADATA),
     "caches": (test_caches.ENTRIES, test_caches.FORGED, test_caches.INDEXES),
     "models": (
-        test_models.CHECKPOINTS,
-        test_models.LAYERS,
-        test_models.CASES,
-        test_models.PIPELINES,
-        test_models.TOKENIZERS,
+        test_checkpoints.CHECKPOINTS,
+        test_checkpoints.LAYERS,
+        test_model_folders.CASES,
+        test_model_folders.PIPELINES,
+        test_tokenizer_folders.TOKENIZERS,
     ),
     "adapters": (test_adapters.ADAPTERS,),
     "configurations": (

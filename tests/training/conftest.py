@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from anima_peft.config import RunConfig, load
 from anima_peft.miniature import MiniatureFiles
@@ -24,6 +26,7 @@ image_dir = '{image_dir}'
 """
 
 Configure = Callable[..., RunConfig]
+Logged = list[tuple[int, dict[str, float]]]
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +75,16 @@ def configure(miniature: MiniatureFiles, pictures: Path, tmp_path: Path) -> Conf
         return load([*words, *flags])
 
     return build
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
+    """What is logged at which step, but for speed and memory."""
+    values: Logged = []
+
+    def log(self: Accelerator, numbers: dict[str, float], step: int, **_: Any) -> None:
+        timeless = {name: value for name, value in numbers.items() if "per_second" not in name and "memory" not in name}
+        values.append((step, timeless))
+
+    monkeypatch.setattr(Accelerator, "log", log)
+    return values

@@ -26,7 +26,7 @@ from anima_peft.training.run import train
 from anima_peft.training.state import Progress
 
 from .conftest import Configure
-from .test_resume import same_tensors
+from .outcomes import same_tensors
 
 # A step of two batches and a step of one; dropout draws from torch's own generator.
 FLAGS = ["--gradient_accumulation_steps", "2", "--network_args", "rank_dropout=0.3"]

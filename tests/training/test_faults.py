@@ -20,7 +20,7 @@ from anima_peft.training.run import train
 from anima_peft.training.saving import Saver
 
 from .conftest import Configure
-from .test_resume import names_in, same_tensors
+from .outcomes import names_in, same_tensors
 
 FLAGS = ["--max_train_steps", "3", "--save_every_n_steps", "1", "--save_state", "--save_last_n_steps", "1", "--use_ema"]
 # Where something is written, flushed or put in place: (module, name).

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anima_peft.cli import FAULTY_INPUT
 from anima_peft.data.cache import remove_abandoned
@@ -21,7 +20,7 @@ from anima_peft.files import unfinished_name
 from anima_peft.miniature import MiniatureFiles
 
 from .conftest import DATASET
-from .test_resume import same_tensors
+from .outcomes import events_of, same_tensors
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="killed runs are forked")
 
@@ -158,7 +157,7 @@ class Killing:
     def _logged(folder: Path) -> dict[int, list[float]]:
         values: dict[int, list[float]] = {}
         for log in (folder / "output" / "logs").iterdir():
-            events = EventAccumulator(str(log)).Reload()
+            events = events_of(log)
             for event in events.Scalars("loss") if "loss" in events.Tags()["scalars"] else []:
                 values.setdefault(event.step, []).append(event.value)
         return values

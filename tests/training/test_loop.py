@@ -17,8 +17,8 @@ from anima_peft.training import watch
 from anima_peft.training.loop import batch_loss, run_loop
 from anima_peft.training.run import train
 
-from .conftest import Configure
-from .test_resume import Logged, logged, same_tensors  # noqa: F401  # a fixture
+from .conftest import Configure, Logged
+from .outcomes import same_tensors
 
 ACCUMULATED = 2
 # Three batches an epoch: a step of two and a step of one.
@@ -101,7 +101,7 @@ def test_the_numbers_are_those_of_a_plain_loop(
     configure: Configure,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    logged: Logged,  # noqa: F811
+    logged: Logged,
 ) -> None:
     flags = [*FLAGS, "--network_args", "rank_dropout=0.3"]
     ours = train(configure(*flags, output_dir=tmp_path / "ours"))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import T5TokenizerFast
 
 from anima_peft.errors import InputError
@@ -17,6 +16,7 @@ from anima_peft.training import samples
 from anima_peft.training.run import train
 
 from .conftest import Configure
+from .outcomes import events_of
 
 LOKR = ("--network_module", "networks.lokr_anima", "--network_dim", "100000", "--network_args", "lokr_factor=4")
 PLAIN = ("--log_with", "tensorboard", "--save_state_on_train_end", "--use_ema")
@@ -41,8 +41,7 @@ class Outcome:
 
     def __init__(self, configure: Configure, folder: Path, *flags: str) -> None:
         result = train(configure(*PLAIN, *flags, output_dir=folder))
-        assert result.log_folder is not None
-        events = EventAccumulator(str(result.log_folder)).Reload()
+        events = events_of(result.log_folder)
         tags = [tag for tag in ("loss", "validation/loss") if tag in events.Tags()["scalars"]]
         self.logged = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
         self.weights = load_file(result.adapter)

@@ -9,18 +9,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anima_peft.errors import InputError
 from anima_peft.training import run
 from anima_peft.training.run import train
 
 from .conftest import Configure
+from .outcomes import events_of
 
 
 def logged(folder: Path | None) -> dict[str, list[float]]:
-    assert folder is not None
-    events = EventAccumulator(str(folder)).Reload()
+    events = events_of(folder)
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from anima_peft import AnimaPipeline
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.training import previews
 from anima_peft.training.run import train
+from tests.components import miniature_pipeline
 
 from .conftest import Configure
+from .outcomes import events_of, losses_of
 
 PROMPTS = """# two of them
 red circle, white background --w 64 --h 64 --s 2 --l 2 --d 5
@@ -34,15 +34,6 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def logged(folder: Path | None) -> EventAccumulator:
-    assert folder is not None
-    return EventAccumulator(str(folder)).Reload()
-
-
-def losses(folder: Path | None) -> list[float]:
-    return [event.value for event in logged(folder).Scalars("loss")]
-
-
 def test_training_is_the_same_to_the_last_bit_with_previews(
     configure: Configure, prompts: Path, tmp_path: Path
 ) -> None:
@@ -52,15 +43,15 @@ def test_training_is_the_same_to_the_last_bit_with_previews(
     plain = train(configure(*flags, output_dir=tmp_path / "plain"))
     times = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_steps", "2"]
     drawn = train(configure(*flags, *times, output_dir=tmp_path / "drawn"))
-    assert losses(plain.log_folder) == losses(drawn.log_folder)
+    assert losses_of(plain.log_folder) == losses_of(drawn.log_folder)
     one, other = load_file(plain.adapter), load_file(drawn.adapter)
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
     names = sorted(path.name for path in (tmp_path / "drawn" / "sample").iterdir())
     assert names == [f"test-step0000000{step}-0{number}.png" for step in (0, 2, 4) for number in (1, 2)]
-    tags = logged(drawn.log_folder).Tags()["images"]
+    tags = events_of(drawn.log_folder).Tags()["images"]
     assert tags == ["preview 1: red circle, white background", "preview 2: blue square"]
-    assert len(logged(drawn.log_folder).Images(tags[0])) == 3
+    assert len(events_of(drawn.log_folder).Images(tags[0])) == 3
     assert drawn.previews == tmp_path / "drawn" / "test-previews.png"
     with Image.open(drawn.previews) as strip:
         assert strip.width > 3 * 160
@@ -72,13 +63,7 @@ def test_a_preview_is_what_the_pipeline_draws_with_the_saved_file(
     flags = ["--max_train_steps", "3", "--sample_prompts", str(prompts), "--sample_every_n_steps", "3", "--use_ema"]
     result = train(configure(*flags, "--learning_rate", "2e-2"))
     assert result.previews is None  # one time makes no strip
-    pipe = AnimaPipeline.from_single_files(
-        transformer=miniature.transformer,
-        text_encoder=miniature.text_encoder,
-        vae=miniature.vae,
-        tokenizer=miniature.tokenizer,
-        t5_tokenizer=miniature.t5_tokenizer,
-    )
+    pipe = miniature_pipeline(miniature)
     pipe.set_progress_bar_config(disable=True)
 
     def difference() -> int:

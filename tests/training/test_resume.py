@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from anima_peft.data.dataset import CachedDataset
 from anima_peft.errors import InputError, Interrupted
 from anima_peft.training.run import train
 
-from .conftest import Configure
+from .conftest import Configure, Logged
+from .outcomes import names_in, same_tensors
 
 # Three batches an epoch: a step of two and a step of one.
 FLAGS = ["--max_train_epochs", "3", "--gradient_accumulation_steps", "2", "--save_every_n_epochs", "1"]
@@ -25,21 +24,6 @@ NETWORKS = {
     "LoKr": ["--network_module", "networks.lokr_anima", "--network_args", "rank_dropout=0.3", "module_dropout=0.2"],
     "LoRA": ["--network_dropout", "0.3", "--scale_weight_norms", "0.5", "--lr_scheduler", "cosine"],
 }
-
-Logged = list[tuple[int, dict[str, float]]]
-
-
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
-    """What is logged at which step, but for speed and memory."""
-    values: Logged = []
-
-    def log(self: Accelerator, numbers: dict[str, float], step: int, **_: Any) -> None:
-        timeless = {name: value for name, value in numbers.items() if "per_second" not in name and "memory" not in name}
-        values.append((step, timeless))
-
-    monkeypatch.setattr(Accelerator, "log", log)
-    return values
 
 
 def stop_after_every_step(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -50,11 +34,6 @@ def stop_after_every_step(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None
         (folder / "test-stop.txt").touch()
 
     monkeypatch.setattr(Accelerator, "log", log)
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    a, b = load_file(one), load_file(other)
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -227,8 +206,3 @@ def test_what_was_to_be_dropped_is_dropped_after_a_kill(
     monkeypatch.undo()
     train(configure("--max_train_steps", "3", *flags, "--resume", "latest"))
     assert names_in(tmp_path / "output") == names_in(tmp_path / "through")
-
-
-def names_in(folder: Path) -> list[str]:
-    """But for the record and the report, which are written last of all."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(("-log.jsonl", "-report.html")))

@@ -22,7 +22,7 @@ from anima_peft.training.run import train
 from tests.several import in_processes, report, reported, this_process
 
 from .conftest import DATASET, Configure
-from .test_resume import names_in, same_tensors
+from .outcomes import names_in, same_tensors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has imported torch")
 

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,44 +16,15 @@ from anima_peft.training.run import train
 from tests.several import LOOPBACK, free_port
 
 from .conftest import Configure
+from .launching import LAUNCH, SCRIPT, end, kill, start, wait_for, written
 from .test_several import SGD, batches_of, largest_difference
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-SCRIPT = str(ROOT / "examples" / "train_anima_lora.py")
-SECONDS = 240
 on_loopback = pytest.mark.skipif(sys.platform != "linux", reason="the loopback is called otherwise elsewhere")
 
 
-def start(folder: Path, flags: list[str], *words: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **LOOPBACK}
-    return subprocess.Popen(
-        [*LAUNCH, *flags, SCRIPT, *words],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def end(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Standard output and error, once it is over."""
-    try:
-        return process.communicate(timeout=SECONDS)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def written(configure: Configure, folder: Path, *flags: str) -> str:
-    """The resolved configuration as a file."""
-    file = folder / "config.toml"
-    file.write_text(configure(*flags).resolved, encoding="utf-8")
-    return str(file)
+def start_several(folder: Path, flags: list[str], *words: str) -> subprocess.Popen[str]:
+    """`accelerate launch` with these flags, and the script with these words."""
+    return start(folder, [*LAUNCH, *flags, SCRIPT, *words], LOOPBACK)
 
 
 @pytest.mark.slow
@@ -68,13 +38,13 @@ def test_accelerate_starts_two_processes(configure: Configure, tmp_path: Path, u
     own_places = ["--cache_dir", str(tmp_path / "own cache"), "--output_dir", str(tmp_path / "nothing")]
     line = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
     if machines == 1:
-        runs = [start(tmp_path, line, "--config_file", config)]
+        runs = [start_several(tmp_path, line, "--config_file", config)]
     else:
         line += ["--num_machines", "2", "--main_process_ip", "127.0.0.1"]
         runs = [
-            start(tmp_path, [*line, "--machine_rank", "0"], "--config_file", config),
+            start_several(tmp_path, [*line, "--machine_rank", "0"], "--config_file", config),
             # Machines need not share a disk.
-            start(tmp_path, [*line, "--machine_rank", "1"], "--config_file", config, *own_places),
+            start_several(tmp_path, [*line, "--machine_rank", "1"], "--config_file", config, *own_places),
         ]
     said = [end(run) for run in runs]
     assert [run.returncode for run in runs] == [0] * machines, said
@@ -99,12 +69,13 @@ def test_a_signal_to_the_launcher_saves_and_ends(
         configure, tmp_path, "--max_train_steps", "3000", "--save_every_n_steps", "2", *batches_of(2, uneven)
     )
     line = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
-    run = start(tmp_path, line, "--config_file", config)
-    first, latest = tmp_path / "output" / "test-step00000002.safetensors", time.monotonic() + SECONDS
-    while not first.exists() and run.poll() is None and time.monotonic() < latest:
-        time.sleep(0.05)
-    os.killpg(run.pid, number) if number is signal.SIGINT else os.kill(run.pid, number)
-    _, errors = end(run)
+    run = start_several(tmp_path, line, "--config_file", config)
+    try:
+        wait_for(tmp_path / "output" / "test-step00000002.safetensors", run)
+        (os.killpg if number is signal.SIGINT else os.kill)(run.pid, number)
+        _, errors = end(run)
+    finally:
+        kill(run)
     assert run.returncode != 0
     found = re.search(r"Stopped after step (\d+) of 3000; go on with --resume (.*-state)", errors)
     assert found is not None, errors
@@ -119,7 +90,7 @@ def test_a_fault_is_reported_once(configure: Configure, tmp_path: Path, uneven: 
     config = written(configure, tmp_path, "--max_train_steps", "1", *batches_of(2, uneven))
     (uneven / "00.png").write_bytes(b"not a picture")
     line = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
-    _, errors = end(run := start(tmp_path, line, "--config_file", config))
+    _, errors = end(run := start_several(tmp_path, line, "--config_file", config))
     assert run.returncode == 1, "the launcher's own"
     assert errors.count("error: ") == 1, errors
     assert "00.png" in errors
@@ -152,6 +123,6 @@ def test_a_launcher_that_starts_one_of_two_is_refused(
     uneven: Path,
 ) -> None:
     config = written(configure, tmp_path, "--max_train_steps", "1", *batches_of(2, uneven))
-    _, errors = end(run := start(tmp_path, ["--cpu", "--num_processes", "2"], "--config_file", config))
+    _, errors = end(run := start_several(tmp_path, ["--cpu", "--num_processes", "2"], "--config_file", config))
     assert run.returncode == 1
     assert "add --multi_gpu" in errors

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anima_peft.errors import InputError, TrainingError
 from anima_peft.miniature import MiniatureFiles
@@ -21,16 +20,12 @@ from anima_peft.training.run import train
 from anima_peft.transformer import AnimaTransformerModel
 
 from .conftest import Configure
+from .outcomes import events_of, losses_of
 
 
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata())
-
-
-def losses_of(log_folder: Path) -> list[float]:
-    events = EventAccumulator(str(log_folder)).Reload()
-    return [event.value for event in events.Scalars("loss")]
 
 
 def test_a_run_leaves_its_files_and_nothing_else(configure: Configure, tmp_path: Path) -> None:
@@ -144,7 +139,7 @@ def test_the_log_holds_every_step(configure: Configure) -> None:
     assert result.log_folder is not None
     assert result.log_folder.parent.name == "logs"
     assert result.log_folder.name.startswith("p_test_2")
-    events = EventAccumulator(str(result.log_folder)).Reload()
+    events = events_of(result.log_folder)
     assert set(events.Tags()["scalars"]) == {"loss", "lr", "gradient_norm", "samples_per_second", "peak_memory_gib"}
     assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4]
     assert {round(event.value, 6) for event in events.Scalars("lr")} == {5e-3}
@@ -245,11 +240,15 @@ def test_captions_over_the_limit_are_reported_by_file(
 def test_an_empty_caption_trains(configure: Configure, pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns(".anima_cache"))
-    for path in folder.glob("*.txt"):
+    captions = list(folder.glob("*.txt"))
+    assert len(captions) == 12
+    for path in captions:
         path.write_text("", encoding="utf-8")
     for number, network in enumerate(([], ["--network_args", "train_llm_adapter=true"])):
         flags = ["--max_train_epochs", "1", *network]
-        assert train(configure(*flags, image_dir=folder, output_dir=tmp_path / str(number))).steps == 3
+        result = train(configure(*flags, image_dir=folder, output_dir=tmp_path / str(number)))
+        assert result.steps == 3
+        assert result.relative_delta > 0
 
 
 def test_xformers_without_a_card_is_native_with_one_warning(

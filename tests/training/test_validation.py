@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anima_peft.data.pictures import scan
 from anima_peft.errors import InputError
@@ -16,13 +15,9 @@ from anima_peft.training import validation
 from anima_peft.training.run import train
 
 from .conftest import Configure
+from .outcomes import scalars
 
 SPLIT = ("--validation_split", "0.25", "--validate_every_n_steps", "2")
-
-
-def logged(folder: Path | None, tag: str) -> list[tuple[int, float]]:
-    assert folder is not None
-    return [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars(tag)]
 
 
 def test_a_share_of_the_content_is_held_out(configure: Configure) -> None:
@@ -50,17 +45,17 @@ def test_they_are_measured_and_not_trained_on(configure: Configure, monkeypatch:
     monkeypatch.setattr(validation, "batch_loss", count)
     result = train(configure(*SPLIT, "--max_train_steps", "4", "--log_with", "tensorboard", "--network_dropout", "0.3"))
     assert seen == [1] * 2 * 3 * len(validation.SIGMAS)
-    means = [dict(logged(result.log_folder, f"validation/sigma_{sigma:.1f}")) for sigma in validation.SIGMAS]
-    for step, loss in logged(result.log_folder, "validation/loss"):
+    means = [dict(scalars(result.log_folder, f"validation/sigma_{sigma:.1f}")) for sigma in validation.SIGMAS]
+    for step, loss in scalars(result.log_folder, "validation/loss"):
         assert loss == pytest.approx(sum(mean[step] for mean in means) / len(means))
-    assert [step for step, _ in logged(result.log_folder, "validation/loss")] == [2, 4]
+    assert [step for step, _ in scalars(result.log_folder, "validation/loss")] == [2, 4]
 
 
 def test_the_number_depends_on_neither_batch_size_nor_course(configure: Configure, tmp_path: Path) -> None:
     """With a rate that changes nothing, it is the same at all times and for all batch sizes."""
     flags = [*SPLIT, "--max_train_steps", "4", "--log_with", "tensorboard", "--learning_rate", "1e-30"]
     curves = [
-        logged(train(configure(*flags, *more, output_dir=tmp_path / str(n))).log_folder, "validation/loss")
+        scalars(train(configure(*flags, *more, output_dir=tmp_path / str(n))).log_folder, "validation/loss")
         for n, more in enumerate([[], ["--seed", "7", "--loss_type", "huber"]])
     ]
     values = [value for curve in curves for _, value in curve]

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from anima_peft import AnimaPipeline
 from anima_peft.data.dataset import stack_text
 from anima_peft.miniature import MiniatureFiles
 from anima_peft.models.sources import resolve_sources
@@ -20,9 +19,10 @@ from anima_peft.training.encoding import TextModels
 from anima_peft.training.losses import FlowLoss
 from anima_peft.training.run import train
 from anima_peft.transformer import AnimaTransformerModel
+from tests.components import miniature_pipeline
 
 from .conftest import Configure
-from .test_train import losses_of
+from .outcomes import losses_of
 
 CAPTIONS = """
 shuffle_caption = true
@@ -46,9 +46,7 @@ def folder(pictures: Path, tmp_path: Path) -> Path:
 
 
 def losses(configure: Configure, name: Path, *flags: str, **options: Any) -> list[float]:
-    log = train(configure(*STILL, *flags, output_dir=name, **options)).log_folder
-    assert log is not None
-    return losses_of(log)
+    return losses_of(train(configure(*STILL, *flags, output_dir=name, **options)).log_folder)
 
 
 @pytest.mark.parametrize("network", [[], ["--network_args", "train_llm_adapter=true"]], ids=["frozen", "trained"])
@@ -138,13 +136,7 @@ def test_a_dropped_caption_is_the_pipelines_empty_prompt(miniature: MiniatureFil
     model = AnimaTransformerModel.from_pretrained(sources.transformer)
     text = TextModels(sources, model, "", torch.float32, torch.device("cpu"), max_length=512, train_conditioner=False)
     trained = stack_text(text.encoder()(["", "red circle"]))["prompt_embeds"]
-    pipe = AnimaPipeline.from_single_files(
-        transformer=miniature.transformer,
-        vae=miniature.vae,
-        text_encoder=miniature.text_encoder,
-        tokenizer=miniature.tokenizer,
-        t5_tokenizer=miniature.t5_tokenizer,
-    )
+    pipe = miniature_pipeline(miniature)
     assert torch.equal(trained[:1], pipe.encode_prompt(""))
     assert not torch.equal(trained[:1], trained[1:])
 

@@ -1,4 +1,4 @@
-"""Checkpoints, model folders and tokenizers that lie: refused by name, before anything large is built or fetched."""
+"""Folders of model parts, indexes and schedules that lie: refused by name, before anything large is built."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,117 +19,16 @@ from anima_peft.models import folders
 from anima_peft.models.encoders import load_text_encoder, load_vae
 from anima_peft.models.folders import load_part
 from anima_peft.models.sources import locate_model, resolve_sources
-from anima_peft.models.tokenizers import QWEN, T5, load_tokenizer
-from anima_peft.transformer import AnimaTransformerModel
+from tests.components import miniature_pipeline
 
-from .hostile import POSIX, container, opened, sparse, with_scalars
-
-Change = Callable[[bytes], bytes]
-PICKLED = "Pickled checkpoints (.pt, .pth, .bin, .ckpt) are not loaded; download the file again or convert it."
-ANCHOR = "net.blocks.0.self_attn.q_proj.weight"
-NO_HEADER = "not a readable safetensors file"
-
-
-def stated(**entry: Any) -> Change:
-    """One tensor's entry in the header changed."""
-
-    def change(content: bytes) -> bytes:
-        header, data = opened(content)
-        header[ANCHOR] |= entry
-        return container(header, data)
-
-    return change
-
-
-def raw(text: bytes) -> Change:
-    return lambda content: container(text)
-
-
-MANY = 1001
-ENDLESS = "a\x1b[2J\n" * 10_000
-# what becomes of the transformer's file, and words of the fault
-CHECKPOINTS: dict[str, tuple[Change, str]] = {
-    "empty": (lambda content: b"", NO_HEADER),
-    "cut": (lambda content: content[:-1], NO_HEADER),
-    "longer": (lambda content: content + b"\0", NO_HEADER),
-    "a header beyond the file": (lambda content: (2**62).to_bytes(8, "little") + content[8:], NO_HEADER),
-    "a pickle": (lambda content: b"\x80\x04\x95cos\nsystem\n.", PICKLED),
-    "a zip, as torch saves": (lambda content: b"PK\x03\x04" + bytes(60), PICKLED),
-    "a GGUF": (lambda content: b"GGUF\3\0\0\0" + bytes(60), NO_HEADER),
-    "a page": (lambda content: b"<!DOCTYPE html><html>" + bytes(60), NO_HEADER),
-    "no JSON": (raw(b"{" * 50), NO_HEADER),
-    "deep": (raw(b'{"a":' * 100_000), NO_HEADER),
-    "no UTF-8": (raw(b'{"\xff": {}}'), NO_HEADER),
-    "a list": (raw(b"[]"), NO_HEADER),
-    "no tensors": (lambda content: container({}, b""), "it looks like something else. Expected a checkpoint with"),
-    "an unknown dtype": (stated(dtype="F99"), NO_HEADER),
-    "integers": (stated(dtype="I32"), f"`{ANCHOR}` is torch.int32, expected floating point"),
-    "a size that overflows": (stated(shape=[2**62, 2**62]), NO_HEADER),
-    "a negative size": (stated(shape=[-64, -64]), NO_HEADER),
-    "offsets beyond": (stated(data_offsets=[0, 10**15]), NO_HEADER),
-    "offsets that overlap": (stated(data_offsets=[0, 64 * 64 * 4]), NO_HEADER),
-    "offsets backwards": (stated(data_offsets=[64, 0]), NO_HEADER),
-    "another shape": (stated(shape=[32, 128]), f"1 with a wrong shape: {ANCHOR} is [32, 128], expected [64, 64]"),
-    "no blocks": (
-        lambda content: with_scalars(container({}, b""), ["net.x_embedder.proj.1.weight"]),
-        "no `llm_adapter.*` weights",
-    ),
-    "endless blocks": (
-        lambda content: with_scalars(content, [f"net.blocks.{n}.x" for n in range(MANY)]),
-        f"has {MANY} different numbers after `blocks.`, expected at most 1000",
-    ),
-    "endless conditioner": (
-        lambda content: with_scalars(content, [f"net.llm_adapter.blocks.{n}.x" for n in range(MANY)]),
-        f"has {MANY} different numbers after `blocks.`, expected at most 1000",
-    ),
-    "an endless key": (lambda content: with_scalars(content, [ENDLESS]), r"1 unexpected: a\x1b[2J\na\x1b[2J"),
-    "an adapter": (
-        lambda content: with_scalars(container({}, b""), ["lora_unet_blocks_0_self_attn_q_proj.lora_down.weight"]),
-        "it looks like an adapter (LoRA or LoKr)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CHECKPOINTS)
-def test_checkpoints_that_are_refused(case: str, miniature: MiniatureFiles, tmp_path: Path) -> None:
-    change, words = CHECKPOINTS[case]
-    path = tmp_path / "模 型.safetensors"
-    path.write_bytes(change(miniature.transformer.read_bytes()))
-    with pytest.raises(InputError) as error:
-        AnimaTransformerModel.from_single_file(path)
-    assert str(error.value).startswith(f"{path}: ")
-    assert words in str(error.value)
-    assert len(str(error.value)) < 3000
-
-
-# encoders' files with layers that are not there
-LAYERS = {
-    "text_encoder": (load_text_encoder, "model.layers.{}.x", "after `layers.`"),
-    "vae": (load_vae, "decoder.up_blocks.0.resnets.{}.x", "after `decoder.up_blocks.0.resnets.`"),
-}
-
-
-@pytest.mark.parametrize("part", LAYERS)
-def test_encoders_with_endless_layers(part: str, miniature: MiniatureFiles, tmp_path: Path) -> None:
-    load, key, words = LAYERS[part]
-    path = tmp_path / "a.safetensors"
-    content = getattr(miniature, part).read_bytes()
-    path.write_bytes(with_scalars(content, [key.format(n) for n in range(MANY)]))
-    with pytest.raises(InputError, match=f"different numbers {words}, expected at most 1000"):
-        load(path)
+from .hostile import POSIX, container, opened, sparse
 
 
 @pytest.fixture(scope="module")
 def whole(miniature: MiniatureFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder."""
     folder = tmp_path_factory.mktemp("diffusers")
-    pipe = AnimaPipeline.from_single_files(
-        transformer=miniature.transformer,
-        text_encoder=miniature.text_encoder,
-        vae=miniature.vae,
-        tokenizer=miniature.tokenizer,
-        t5_tokenizer=miniature.t5_tokenizer,
-    )
+    pipe = miniature_pipeline(miniature)
     pipe.save_pretrained(folder)
     return folder
 
@@ -334,37 +233,6 @@ def test_a_quantiser_that_transformers_does_not_know_hides_no_missing_weights(wh
         folders.check_part(folder, "text_encoder")
 
 
-# file of the tokenizer's folder, its content, and words of the fault
-TOKENIZERS: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("tokenizer.json", b"", "the tokenizer's files cannot be read"),
-    "garbage": ("tokenizer.json", bytes(range(256)), "the tokenizer's files cannot be read"),
-    "deep": ("tokenizer.json", b'{"a":' * 100_000, "the tokenizer's files cannot be read"),
-    "a list": ("tokenizer.json", b"[]", "the tokenizer's files cannot be read"),
-    "a page": ("tokenizer.json", b"<!DOCTYPE html>", "the tokenizer's files cannot be read"),
-    "another kind": ("tokenizer.json", b'{"model": {"type": "WordPiece"}}', "a tokenizer of kind WordPiece, expected"),
-    "deep settings": ("tokenizer_config.json", b'{"a":' * 100_000, "the tokenizer's files cannot be read"),
-    "settings in a list": ("tokenizer_config.json", b"[]", "the tokenizer's files cannot be read"),
-    "a length in words": (
-        "tokenizer_config.json",
-        b'{"model_max_length": "a"}',
-        "a model_max_length that is no number",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", [QWEN, T5], ids=["Qwen", "T5"])
-@pytest.mark.parametrize("case", TOKENIZERS)
-def test_tokenizers_that_are_refused(case: str, kind: Any, miniature: MiniatureFiles, tmp_path: Path) -> None:
-    name, content, words = TOKENIZERS[case]
-    folder = tmp_path / "分词器"
-    shutil.copytree(miniature.tokenizer if kind is QWEN else miniature.t5_tokenizer, folder)
-    (folder / name).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        load_tokenizer(kind, folder)
-    assert str(error.value).startswith(f"{folder}: ")
-    assert words in str(error.value)
-
-
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "\ud800", "x.safetensors", "a/b/c", "~nobody/x"])
 def test_paths_that_cannot_be(name: str) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
@@ -372,37 +240,3 @@ def test_paths_that_cannot_be(name: str) -> None:
     with pytest.raises(InputError, match="anima_transformer: ") as error:
         resolve_sources(name, vae=name, qwen=name, t5_tokenizer_dir=name, qwen_tokenizer_dir=name)
     assert "vae: no such file or folder" in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def files_opened() -> Iterator[list[str]]:
-    """Every file that Python opens, by an audit hook, which cannot be taken out but does nothing later."""
-    import sys
-
-    found: list[str] = []
-    state = {"on": True}
-
-    def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if state["on"] and event == "open" and isinstance(arguments[0], (str, os.PathLike)):
-            found.append(os.fspath(arguments[0]))
-
-    sys.addaudithook(note)
-    yield found
-    state["on"] = False
-
-
-@pytest.mark.parametrize("kind", [QWEN, T5], ids=["Qwen", "T5"])
-def test_a_tokenizers_settings_lead_nowhere(
-    kind: Any, miniature: MiniatureFiles, tmp_path: Path, files_opened: list[str]
-) -> None:
-    folder = tmp_path / "tokenizer"
-    shutil.copytree(miniature.tokenizer if kind is QWEN else miniature.t5_tokenizer, folder)
-    secret = tmp_path / "secret"
-    secret.write_text("{}")
-    names = ("vocab_file", "tokenizer_file", "merges_file", "spiece_file", "name_or_path", "chat_template_file")
-    settings = dict.fromkeys(names, str(secret)) | {"auto_map": {"AutoTokenizer": [f"{secret}--x.Y", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    files_opened.clear()
-    load_tokenizer(kind, folder)
-    assert any(str(folder) in name for name in files_opened)
-    assert str(secret) not in files_opened
