@@ -134,7 +134,11 @@ def _measure(
         _require(options, arguments.device)
     except InputError as missing:
         return Row(case, name, None, "ms", figures={"off by": str(missing).partition(" (")[0]})
-    candidate = _prepare(options, accelerator, arguments, side)
+    try:
+        candidate = _prepare(options, accelerator, arguments, side)
+    except torch.OutOfMemoryError:
+        _collect()
+        return Row(case, name, None, "ms", figures={"off by": "does not fit"})
     off = max(abs(one - other) / other for one, other in zip(candidate.losses, plain.losses, strict=True))
     times = paired_times({PLAIN: plain.step, name: candidate.step}, arguments.rounds, arguments.device)
     median = sorted(times[name])[len(times[name]) // 2]
