@@ -2,7 +2,8 @@
 
 Every candidate is a model of its own, driven as in a training run. The plain one stays; the others come and go, each
 measured in turn with it. "off by" is the largest relative difference of the losses of the first steps from the plain
-run's: 0 where the kernels are deterministic and nothing is rounded.
+run's: 0 where the kernels are deterministic and nothing is rounded. `--counted` needs no graphics card: it adds up what
+a step of the real size would allocate, see `counting`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from anima_peft.training.network import add_network
 from anima_peft.training.objective import flow_loss
 from anima_peft.training.prepare import optimization, prepare_model
 
+from .counting import count_step
 from .measure import PeakMemory, median_ratio, paired_times
 from .models import transformer_model
 from .reporting import Row
@@ -48,6 +50,7 @@ NETWORKS = {
     "lora": ("--network_module", "networks.lora_anima"),
     "lokr": ("--network_module", "networks.lokr_anima"),
 }
+COUNTED = (PLAIN, "every 2nd block", "balanced")
 _FULL_RANK = 100_000  # LoKr's factors whole
 _MINIATURE_BLOCKS = 6
 _FIRST_STEPS = 3
@@ -77,11 +80,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", choices=tuple(NETWORKS), default="lora")
     parser.add_argument("--rank", type=int, default=32, help="of a LoRA; a LoKr has whole factors (default: 32)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "no"), default="bf16")
+    parser.add_argument("--no-train-norm", action="store_true", help="leave the norms as they are")
+    parser.add_argument("--counted", action="store_true", help="count the real size's memory, computing nothing")
+    parser.add_argument("--blocks", type=int, help="of what is counted (default: 2, full size 28)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=tuple(CANDIDATES), help="only these candidates")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
     """Measure the plain step, then every candidate in turn with it."""
+    if arguments.counted:
+        yield from _counted(arguments)
+        return
     device: torch.device = arguments.device
     side = arguments.resolution or (1024 if arguments.size == "full" else 64)
     case = f"{arguments.size}, {arguments.network}, {side} x {side}, batch {arguments.batch}, {arguments.precision}"
@@ -95,6 +104,20 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
             yield Row(case, PLAIN, 1e3 * median, "ms", 1.0, PLAIN, plain.bytes)
             for name in names:
                 yield _measure(name, case, Path(folder), plain, accelerator, arguments, side)
+
+
+def _counted(arguments: argparse.Namespace) -> Iterator[Row]:
+    """What a step of the real width allocates."""
+    blocks = arguments.blocks or (28 if arguments.size == "full" else 2)
+    side = arguments.resolution or 1024
+    case = f"counted, {blocks} blocks, {arguments.network}, {side} x {side}, batch {arguments.batch}"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COUNTED:
+            if not arguments.only or name in arguments.only:
+                options = _options(Path(folder), name, arguments)
+                bytes_of = count_step(options, blocks, side, arguments.batch, DTYPES[arguments.precision])
+                gib = {"before GiB": bytes_of.before / 2**30, "kept GiB": bytes_of.kept / 2**30}
+                yield Row(case, name, bytes_of.peak / 2**30, "GiB at most", figures=gib)
 
 
 def _measure(
@@ -111,7 +134,11 @@ def _measure(
         require_device(options, arguments.device)
     except InputError as missing:
         return Row(case, name, None, "ms", figures={"off by": str(missing).partition(" (")[0]})
-    candidate = _prepare(options, accelerator, arguments, side)
+    try:
+        candidate = _prepare(options, accelerator, arguments, side)
+    except torch.OutOfMemoryError:
+        _collect()
+        return Row(case, name, None, "ms", figures={"off by": "does not fit"})
     off = max(abs(one - other) / other for one, other in zip(candidate.losses, plain.losses, strict=True))
     times = paired_times({PLAIN: plain.step, name: candidate.step}, arguments.rounds, arguments.device)
     median = sorted(times[name])[len(times[name]) // 2]
@@ -188,4 +215,5 @@ def _options(folder: Path, name: str, arguments: argparse.Namespace) -> TrainOpt
         "log_with": "none",
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    words += ["--no-train_norm"] if arguments.no_train_norm else []
     return load([*words, *NETWORKS[arguments.network], *flags]).train

@@ -29,6 +29,7 @@ from .loop import Parts
 from .objective import flow_loss
 from .optimizers import build_optimizer, sets_own_rate
 from .processes import Processes
+from .recomputing import recompute_cheap_values
 from .requests import leave_signals_to_parent
 from .samples import Samples
 from .schedules import ADAFACTOR, as_steps, build_custom_scheduler, build_scheduler
@@ -62,6 +63,13 @@ def prepare_model(model: AnimaTransformerModel, options: TrainOptions, accelerat
         model.text_conditioner.to(accelerator.device)
     if options.loop.compiler is not None:
         compile_blocks(model, options.loop.compiler)  # last: all that is on the blocks becomes part of their graphs
+    else:
+        blocks = list(model.transformer.transformer_blocks)
+        if options.loop.gradient_checkpointing:
+            del blocks[:: options.memory.gradient_checkpointing_every]
+        network = options.network
+        draws = bool(network.network_dropout or network.rank_dropout or network.module_dropout)
+        recompute_cheap_values(blocks, draws=draws)
 
 
 def prepare_parts(

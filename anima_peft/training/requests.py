@@ -62,8 +62,9 @@ class Requests:
             if processes.is_main
         }
         self._launcher = os.getppid() if any(name in os.environ for name in _SET_BY_LAUNCHERS) else None
+        self._noted: signal.Signals | None = None
         self.signal: signal.Signals | None = None
-        """The signal that asked for the end, if one did."""
+        """The signal that asked for the end, if one did, as all processes have agreed."""
 
     def forget_earlier(self) -> None:
         """Take away files that asked something of an earlier run, and came too late for it."""
@@ -88,8 +89,8 @@ class Requests:
         def note(number: int, frame: FrameType | None) -> None:
             for each, handler in before.items():
                 signal.signal(each, handler)
-            self.signal = signal.Signals(number)
-            text = f"\n{self.signal.name}: finishing this step, then saving. Once more leaves at once."
+            self._noted = signal.Signals(number)
+            text = f"\n{self._noted.name}: finishing this step, then saving. Once more leaves at once."
             with contextlib.suppress(OSError):  # a terminal that is gone
                 print(text, file=sys.stderr, flush=True)
 
@@ -103,17 +104,22 @@ class Requests:
 
     def take(self) -> Action | None:
         """What is asked for now; all processes get the same answer."""
-        if self._launcher is not None and os.getppid() != self._launcher and self.signal is None:
-            self.signal = signal.SIGTERM
+        if self._launcher is not None and os.getppid() != self._launcher and self._noted is None:
+            self._noted = signal.SIGTERM
         self.agree()
         if self.signal is not None:
             return Action.STOP
         return self._processes.from_main(self._asked_by_file())
 
     def agree(self) -> None:
-        """Let all processes know of a signal to one of them."""
-        seen = self._processes.gather(self.signal)
+        """Let all processes know of a signal to one of them; one that comes meanwhile counts the next time."""
+        seen = self._processes.gather(self._noted)
         self.signal = next((number for number in seen if number is not None), None)
+
+    @property
+    def own_signal(self) -> signal.Signals | None:
+        """The signal that came to this process, whether the others know of it or not."""
+        return self._noted
 
     def _asked_by_file(self) -> Action | None:
         for path, action in self._files.items():

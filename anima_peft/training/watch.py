@@ -171,8 +171,8 @@ def _ending(error: InputError | OSError | RuntimeError, text: str, requests: Req
         return InputError(text)
     if isinstance(error, (TrainingError, OSError, torch.OutOfMemoryError)):
         return TrainingError(text)
-    if requests.signal is not None:  # one that has ended the loader's workers, too
-        return Interrupted(text, requests.signal)
+    if requests.own_signal is not None:  # one that has ended the loader's workers, too
+        return Interrupted(text, requests.own_signal)
     return RuntimeError(text)
 
 

@@ -22,6 +22,9 @@ from anima_peft.cli import report_faults
 from anima_peft.errors import InputError, Interrupted, TrainingError
 from anima_peft.training import encoding, loop, saving
 from anima_peft.training.health import Health
+from anima_peft.training.outputs import Outputs
+from anima_peft.training.processes import Processes
+from anima_peft.training.requests import Action, Requests
 from anima_peft.training.run import train
 from anima_peft.training.state import Progress
 
@@ -335,3 +338,19 @@ def test_spikes_are_reported_a_few_times(caplog: pytest.LogCaptureFixture) -> No
     assert len(caplog.messages) == 5
     assert caplog.messages[0].startswith("step 55: the gradient's norm is 30, usual is 1; a.png (sigma 0.500)")
     assert "further ones are not reported" in caplog.messages[-1]
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes(Accelerator(cpu=True))
+    requests = Requests(Outputs(tmp_path, "lora"), processes)
+
+    def gather(value: Any) -> list[Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return [value]
+
+    with requests.listening():
+        monkeypatch.setattr(processes, "gather", gather)
+        assert requests.take() is None
+        monkeypatch.undo()
+        assert requests.take() is Action.STOP
+        assert requests.signal == signal.SIGTERM

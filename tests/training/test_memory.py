@@ -245,6 +245,7 @@ def test_several_processes_train_the_adapter_alone(base: AnimaTransformerModel, 
             mixed_precision="no", gradient_checkpointing=True, attn_mode=None, xformers=False, compiler=None
         ),
         memory=SimpleNamespace(gradient_checkpointing_every=1, blocks_to_swap=ALL_BLOCKS),
+        network=SimpleNamespace(network_dropout=0.0, rank_dropout=0.0, module_dropout=0.0),
         trains_conditioner=False,
     )
     prepare_model(model, options, SimpleNamespace(device=CPU))  # type: ignore[arg-type]
