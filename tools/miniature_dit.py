@@ -6,14 +6,14 @@ import math
 import random
 import time
 from dataclasses import replace
-from itertools import chain
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from miniature_vae import to_pixels, use_flat_convolutions
 
-from anima_peft.miniature.drawing import FIGURE, KNOWN_FIGURES, known_scenes
+from anima_peft.miniature.drawing import BACKGROUNDS, FIGURE, KNOWN_FIGURES, Scene, known_scenes, random_figure
 from anima_peft.miniature.layout import MiniatureFiles
 from anima_peft.miniature.random_weights import build_dit
 from anima_peft.models.encoders import load_text_encoder, load_vae
@@ -24,17 +24,22 @@ from anima_peft.training.flow import SigmaSampler, add_noise, velocity
 from anima_peft.transformer import AnimaTransformerModel
 
 HEADS, LAYERS = 6, 5
-STAGES = ((6200, 1e-3), (1500, 4e-4))
-"""Steps, and the rate that a cosine brings to zero in them. In the second, figures are half of the time not called by
-their names but `FIGURE`, which so comes to mean a thing without telling which; else no adapter could teach it more than
-whole captions."""
-BATCH, WARMUP, ANONYMOUS = 48, 100, 0.5
-LAYOUTS = 60
+STAGES = ((7500, 1e-3), (2500, 5e-4))
+"""Steps, and the rate that a cosine brings to zero in them. In the second, a part of the pictures show figures drawn by
+chance, all called `FIGURE`, and known figures are half of the time called so, too: it comes to mean a figure without
+telling which. Else no adapter could teach it more than whole captions."""
+BATCH, WARMUP, RANDOM, ANONYMOUS = 48, 100, 0.25, 0.5
+LAYOUTS = 40
 """Pictures of each scene."""
 CAPTION_DROPOUT = 0.1
 _SIGMAS = SigmaSampler("shift", sigmoid_scale=1.3, shift=2.0)
 _TEXT_ROWS = 512
 _SAVE_EVERY = 100
+
+
+def random_scenes() -> list[Scene]:
+    """What captions say of the figures drawn by chance; several equal ones, as each has only `LAYOUTS` pictures."""
+    return [Scene(FIGURE, background, count) for count, background in product((1, 2), BACKGROUNDS)] * 10
 
 
 def encode_scenes(work: Path, files: MiniatureFiles, seed: int) -> Path:
@@ -45,9 +50,10 @@ def encode_scenes(work: Path, files: MiniatureFiles, seed: int) -> Path:
     vae, layout = load_vae(files.vae, torch.float32), random.Random(f"latents/{seed}")
     use_flat_convolutions(vae)
     latents = []
-    for scene in known_scenes():
-        pixels = to_pixels([scene.paint(layout=layout) for _ in range(LAYOUTS)])
-        latents.append(torch.cat([encode_latents(vae, part) for part in pixels.split(25)]))
+    for scene in [*known_scenes(), *random_scenes()]:
+        looks = [random_figure(layout, scene.background) if scene.thing == FIGURE else None for _ in range(LAYOUTS)]
+        pixels = to_pixels([scene.paint(layout=layout, look=look) for look in looks])
+        latents.append(torch.cat([encode_latents(vae, part) for part in pixels.split(20)]))
     stacked = torch.stack(latents)
     print(f"latents {tuple(stacked.shape)} mean {stacked.mean():.3f} std {stacked.std():.3f}", flush=True)
     torch.save(stacked, done)
@@ -55,13 +61,13 @@ def encode_scenes(work: Path, files: MiniatureFiles, seed: int) -> Path:
 
 
 def encode_captions(files: MiniatureFiles) -> TextInputs:
-    """Every scene's caption, the empty one, and every scene's with `FIGURE` for a known figure, as they are read."""
+    """Every scene's caption, every scene's with `FIGURE` for a known figure, and the empty one, as they are read."""
     tokenizer, t5_tokenizer = load_qwen_tokenizer(files.tokenizer), load_t5_tokenizer(files.t5_tokenizer)
     text_encoder = load_text_encoder(files.text_encoder, torch.float32)
-    scenes = known_scenes()
+    scenes = [*known_scenes(), *random_scenes()]
     anonymous = [replace(scene, thing=FIGURE) if scene.thing in KNOWN_FIGURES else scene for scene in scenes]
-    captions = [scene.caption for scene in scenes], [""], [scene.caption for scene in anonymous]
-    return encode_text(text_encoder, tokenizer, t5_tokenizer, [*chain(*captions)], _TEXT_ROWS, "cpu")
+    captions = [*(scene.caption for scene in scenes), *(scene.caption for scene in anonymous), ""]
+    return encode_text(text_encoder, tokenizer, t5_tokenizer, captions, _TEXT_ROWS, "cpu")
 
 
 def predict(model: AnimaTransformerModel, noisy: torch.Tensor, sigma: torch.Tensor, text: TextInputs) -> torch.Tensor:
@@ -95,15 +101,18 @@ class _Samples:
         """Latents and noise (B, 16, 8, 8), sigma (B,), text."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         scenes, layouts = self.latents.shape[:2]
-        scene = torch.randint(scenes, (BATCH,), generator=generator)
+        known = len(known_scenes())
+        scene = torch.randint(known, (BATCH,), generator=generator)
+        caption = scene.clone()
+        if step >= STAGES[0][0]:
+            caption += scenes * (torch.rand(BATCH, generator=generator) < ANONYMOUS)  # as `encode_captions` has them
+            other = torch.randint(known, scenes, (BATCH,), generator=generator)
+            drawn_by_chance = torch.rand(BATCH, generator=generator) < RANDOM
+            scene, caption = (torch.where(drawn_by_chance, other, index) for index in (scene, caption))
+        caption[torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT] = 2 * scenes
         latents = self.latents[scene, torch.randint(layouts, (BATCH,), generator=generator)]
         sigma = torch.tensor([_SIGMAS(generator, (8, 8)) for _ in range(BATCH)])
         noise = torch.randn(latents.shape, generator=generator)
-        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
-        caption = torch.where(dropped, scenes, scene)  # in the order of `encode_captions`
-        if step >= STAGES[0][0]:
-            anonymous = torch.rand(BATCH, generator=generator) < ANONYMOUS
-            caption = torch.where(anonymous & ~dropped, scenes + 1 + scene, caption)
         return latents, noise, sigma, TextInputs(*(part[caption] for part in self.text))
 
 

@@ -8,6 +8,7 @@ style are for adapters to learn.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -22,7 +23,14 @@ COLOURS: dict[str, Colour] = {
     "yellow": (249, 202, 36),
     "purple": (142, 36, 170),
 }
-BACKGROUNDS: dict[str, Colour] = {"white": (255, 255, 255), "grey": (150, 150, 150), "black": (20, 20, 20)}
+BACKGROUNDS: dict[str, Colour] = {
+    "white": (255, 255, 255),
+    "grey": (150, 150, 150),
+    "black": (20, 20, 20),
+    "pink": (250, 180, 205),
+    "sky": (140, 200, 240),
+    "lime": (200, 230, 130),
+}
 SHAPES = ("circle", "square", "triangle")
 COUNTS = ("one", "two", "three")
 SIDE = 64
@@ -144,12 +152,19 @@ class Scene:
         parts = [" ".join(word for word in words if word), f"{self.background} background"]
         return ", ".join([*parts, STYLE] if self.styled else parts)
 
-    def paint(self, width: int = SIDE, height: int = SIDE, layout: random.Random | None = None) -> Image.Image:
+    def paint(
+        self,
+        width: int = SIDE,
+        height: int = SIDE,
+        layout: random.Random | None = None,
+        look: tuple[Part, ...] | None = None,
+    ) -> Image.Image:
         """The picture, in flat colours with hard edges.
 
         Args:
             width, height: pixels.
             layout: moves and scales the things a little; None centres them, as large as there is room.
+            look: another figure to draw for `thing` than the one of that name.
         """
         picture = Image.new("RGB", (width, height), BACKGROUNDS[self.background])
         draw = ImageDraw.Draw(picture)
@@ -165,15 +180,23 @@ class Scene:
             if self.styled:
                 # A triangle's sides are nearer to its middle than its corners: it must grow more for the same line.
                 grown = radius + OUTLINE * (1.7 if self.thing == "triangle" else 1.0)
-                self._paint_thing(draw, x, y, grown, outline=True)
-            self._paint_thing(draw, x, y, radius)
+                self._paint_thing(draw, x, y, grown, look, outline=True)
+            self._paint_thing(draw, x, y, radius, look)
         if self.styled:
             draw.rectangle((0, 0, width - 1, height - 1), outline=STYLE_INK, width=OUTLINE)
         return picture
 
-    def _paint_thing(self, draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, outline: bool = False) -> None:
-        if self.thing in FIGURES:
-            paint_figure(draw, self.thing, x, y, radius, STYLE_INK if outline else None)
+    def _paint_thing(
+        self,
+        draw: ImageDraw.ImageDraw,
+        x: float,
+        y: float,
+        radius: float,
+        look: tuple[Part, ...] | None,
+        outline: bool = False,
+    ) -> None:
+        if look or self.thing in FIGURES:
+            paint_figure(draw, look or FIGURES[self.thing], x, y, radius, STYLE_INK if outline else None)
         else:
             paint_shape(draw, self.thing, x, y, radius, STYLE_INK if outline else COLOURS[self.colour])
 
@@ -193,10 +216,10 @@ def paint_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radiu
 
 
 def paint_figure(
-    draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, ink: Colour | None = None
+    draw: ImageDraw.ImageDraw, look: tuple[Part, ...], x: float, y: float, radius: float, ink: Colour | None = None
 ) -> None:
-    """One of `FIGURES` around (x, y), in pixels; with `ink` its silhouette in that colour alone."""
-    for part in FIGURES[name]:
+    """A figure around (x, y), in pixels; with `ink` its silhouette in that colour alone."""
+    for part in look:
         points = [(x + radius * right, y + radius * down) for right, down in part.points]
         if len(points) == 2:
             draw.ellipse([*points[0], *points[1]], fill=ink or part.colour)
@@ -205,7 +228,7 @@ def paint_figure(
 
 
 def shape_scenes() -> list[Scene]:
-    """Every scene of `SHAPES` in plain style: 135 captions."""
+    """Every scene of `SHAPES` in plain style: 270 captions."""
     return [
         Scene(shape, background, count, colour)
         for count, shape, colour, background in itertools.product(
@@ -215,13 +238,44 @@ def shape_scenes() -> list[Scene]:
 
 
 def known_scenes() -> list[Scene]:
-    """Every scene that the trained miniature was shown: the shapes, and one and two of each known figure; 183 captions.
+    """Every scene that the trained miniature was shown: the shapes, and one and two of each known figure; 366 captions.
 
     With figures of several colours it learns what a name, a number and a background each mean for a whole thing, and
     an adapter that teaches one more figure can rely on that.
     """
     figures = itertools.product(KNOWN_FIGURES, (1, 2), BACKGROUNDS)
     return [*shape_scenes(), *(Scene(name, background, count) for name, count, background in figures)]
+
+
+def random_figure(chance: random.Random, background: str) -> tuple[Part, ...]:
+    """A figure that nobody has seen: a body, perhaps with ears or a head, and one or two spots, in any colours.
+
+    None of them is near to those of `FIGURE` or to the background.
+    """
+
+    def colour() -> Colour:
+        while True:
+            drawn = (chance.randrange(256), chance.randrange(256), chance.randrange(256))
+            if all(math.dist(drawn, far) > 80 for far in (FIGURE_BODY, FIGURE_BELLY, BACKGROUNDS[background])):
+                return drawn
+
+    def piece(left: float, top: float, right: float, bottom: float) -> Part:
+        return (_oval if chance.random() < 0.7 else _box)(left, top, right, bottom, colour())
+
+    width, top, bottom = chance.uniform(0.75, 1.0), chance.uniform(-0.8, -0.2), chance.uniform(0.75, 1.0)
+    body = piece(-width, top, width, bottom)
+    parts = [body]
+    kind = chance.randrange(3)
+    if kind == 0:
+        ears = body.colour if chance.random() < 0.7 else colour()
+        parts[:0] = _ears(chance.uniform(0.5, 0.95), chance.uniform(1.05, 1.3), ears)
+    elif kind == 1:
+        head = chance.uniform(0.35, 0.6)
+        parts.append(piece(-head, -1.15, head, top + 0.3))
+    for _ in range(chance.randint(1, 2)):
+        x, y, radius = chance.uniform(-0.35, 0.35), chance.uniform(-0.1, 0.4), chance.uniform(0.2, 0.5)
+        parts.append(piece(x - radius, y - radius, x + radius, y + radius * chance.uniform(0.6, 1.0)))
+    return tuple(parts)
 
 
 def random_picture(chance: random.Random, side: int = SIDE) -> Image.Image:

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from ..pipeline import AnimaPipeline
-from .drawing import FIGURE, SIDE, Scene, shape_scenes
+from .drawing import BACKGROUNDS, FIGURE, SIDE, Scene, shape_scenes
 
 STEPS, GUIDANCE_SCALE = 12, 3.0
 """How the exams are drawn."""
 _BATCH = 12
-_STYLE_BACKGROUNDS = ("white", "grey")  # on black the outlines cannot be seen
+_SHOWN, _HELD_OUT = ("white", "black", "sky", "lime"), ("grey", "pink")
+"""Backgrounds on which the figure's set shows it, and those on which it is asked for."""
+_STYLE_BACKGROUNDS = tuple(name for name in BACKGROUNDS if name != "black")  # where the outlines cannot be seen
 
 
 class Question(NamedTuple):
@@ -27,8 +29,8 @@ class Question(NamedTuple):
 
 
 def base_exam() -> list[Question]:
-    """Every second scene of the shapes: 68 prompts with seeds, for the miniature's own score."""
-    return [Question(scene, 1000 + number) for number, scene in enumerate(shape_scenes()[::2])]
+    """68 scenes of the shapes, each another one, with seeds, for the miniature's own score."""
+    return [Question(scene, 1000 + number) for number, scene in enumerate(_shuffled()[:68])]
 
 
 def _ordinary() -> list[Scene]:
@@ -36,28 +38,27 @@ def _ordinary() -> list[Scene]:
 
     None of them is in `base_exam`.
     """
-    others = shape_scenes()[1::2]
-    return [others[number * len(others) // 16] for number in range(16)]
+    return _shuffled()[68:84]
 
 
-def _figure_scenes() -> list[Scene]:
-    return [Scene(FIGURE, background) for background in ("white", "black")]
+def _shuffled() -> list[Scene]:
+    scenes = shape_scenes()
+    random.Random("exam").shuffle(scenes)
+    return scenes
 
 
 def figure_set() -> list[tuple[Image.Image, str]]:
-    """16 pictures of the figure, on white and on black, and 16 ordinary ones."""
-    return _paint(_figure_scenes() * 8, "figure")
+    """16 pictures of the figure, four on each of four backgrounds, and 16 ordinary ones."""
+    return _paint([Scene(FIGURE, background) for background in _SHOWN] * 4, "figure")
 
 
 def figure_exam(styled: bool = False) -> list[Question]:
-    """32 questions for the figure: the set's captions with seeds that no picture of the set comes from.
+    """32 questions for the figure, on two backgrounds on which the set never shows it.
 
     Args:
-        styled: ask for one figure in the style instead, which no set shows.
+        styled: ask for it in the style, which no set shows with a figure.
     """
-    scenes = _figure_scenes() * 16
-    if styled:
-        scenes = [Scene(FIGURE, "white", styled=True)] * 30
+    scenes = [Scene(FIGURE, background, styled=styled) for background in _HELD_OUT] * 16
     return [Question(scene, 2000 + number) for number, scene in enumerate(scenes)]
 
 

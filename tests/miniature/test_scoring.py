@@ -69,16 +69,17 @@ def test_half_a_figure_is_none() -> None:
         assert not judge(wrong, Scene(FIGURE, "white")).shape
 
 
-def test_exams_are_long_and_the_style_is_asked_for_on_other_scenes() -> None:
+def test_exams_are_long_and_ask_for_what_the_sets_do_not_show() -> None:
     assert len(base_exam()) >= 60
     assert {question.scene.thing for question in base_exam()} == set(SHAPES)
     for exam, shown in ((figure_exam(), figure_set()), (style_exam(), style_set())):
         assert 16 <= len(shown) <= 32
         assert len(exam) >= 30
         assert len({question.seed for question in exam}) == len(exam)
-    style_shown = {caption for _, caption in style_set()}
-    assert not {question.scene.caption for question in style_exam()} & style_shown
-    assert not {question.scene.caption for question in figure_exam(styled=True)} & style_shown
+        captions = {caption for _, caption in shown}
+        assert not {question.scene.caption for question in [*exam, *base_exam()]} & captions
+    both = {caption for _, caption in [*figure_set(), *style_set()]}
+    assert not {question.scene.caption for question in figure_exam(styled=True)} & both
 
 
 def test_no_known_caption_has_the_words_of_the_sets() -> None:
