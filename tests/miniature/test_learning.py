@@ -21,9 +21,12 @@ from anima_peft.transformer import AnimaTransformerModel
 
 from .conftest import NETWORKS, Teach, ask
 
-SHORT = ("--max_train_steps", "150")
+SHORT = ("--max_train_steps", "150", "--learning_rate", "2.5e-3")
 ALPHA = ("--network_alpha", "48")
-SENTINEL = (*NETWORKS["lokr full"], "--network_alpha", "1")
+SENTINEL = (
+    *(*NETWORKS["lokr full"], "--network_alpha", "1"),
+    *("--max_train_steps", "400", "--learning_rate", "1e-2"),
+)
 
 
 def check_learns(teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, folder: Path, *flags: str) -> None:
