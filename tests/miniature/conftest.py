@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,12 @@ from anima_peft.pipeline import AnimaPipeline
 from anima_peft.training.run import train
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "examples"
-_LOKR = ("--network_module", "networks.lokr_anima", "--max_train_steps", "900")
-NETWORKS = {
-    "lora": (),
+_LOKR = {"network_module": "networks.lokr_anima", "max_train_steps": "900"}
+NETWORKS: dict[str, dict[str, str]] = {
+    "lora": {},
     # What LoKr learns of a layer is small here, 640 numbers at factor 8: it takes a higher rate, or a smaller factor.
-    "lokr full": (*_LOKR, "--learning_rate", "7e-3", "--network_dim", "100000", "--network_alpha", "100000"),
-    "lokr low-rank": (*_LOKR, "--learning_rate", "5e-3", "--network_args", "lokr_factor=4"),
+    "lokr full": {**_LOKR, "network_dim": "100000", "network_alpha": "100000", "learning_rate": "7e-3"},
+    "lokr low-rank": {**_LOKR, "network_args": "lokr_factor=4", "learning_rate": "5e-3"},
 }
 Teach = Callable[..., Path]
 
@@ -37,12 +37,16 @@ def pipe(trained: MiniatureFiles) -> AnimaPipeline:
 
 @pytest.fixture
 def teach(trained: MiniatureFiles, tmp_path: Path) -> Teach:
-    """Train by the quickstart's configuration: `teach(folder of pictures, "--network_dim", "4")` -> adapter file."""
+    """Train by the quickstart's configuration: `teach(folder of pictures, {"network_dim": "4"})` -> adapter file."""
 
-    def run(pictures: Path, *flags: str) -> Path:
-        return train(load([*quickstart(trained, pictures, tmp_path), *flags])).adapter
+    def run(pictures: Path, options: Mapping[str, str]) -> Path:
+        return train(load([*quickstart(trained, pictures, tmp_path), *flags_of(options), "--overwrite"])).adapter
 
     return run
+
+
+def flags_of(options: Mapping[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def quickstart(files: MiniatureFiles, pictures: Path, folder: Path) -> list[str]:

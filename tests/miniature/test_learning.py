@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,33 @@ from anima_peft.adapters.lokr import LoKrLinear
 from anima_peft.data.dataset import CachedDataset
 from anima_peft.miniature import MiniatureFiles, figure_exam
 from anima_peft.pipeline import AnimaPipeline
-from anima_peft.training import encoding, loop, run
+from anima_peft.training import loop, run
 from anima_peft.transformer import AnimaTransformerModel
 
 from .conftest import NETWORKS, Teach, ask
 
-SHORT = ("--max_train_steps", "150", "--learning_rate", "2.5e-3")
-ALPHA = ("--network_alpha", "48")
-SENTINEL = (
-    *(*NETWORKS["lokr full"], "--network_alpha", "1"),
-    *("--max_train_steps", "400", "--learning_rate", "1e-2"),
-)
+Options = Mapping[str, str]
+SHORT = {"max_train_steps": "150", "learning_rate": "2.5e-3"}
+ALPHA = {"network_alpha": "4", "learning_rate": "8e-3"}
+STEADY = {"lr_scheduler": "constant", "lr_warmup_steps": "0"}
+SENTINEL = NETWORKS["lokr full"] | {"network_alpha": "1", "max_train_steps": "400", "learning_rate": "1e-2"}
 
 
-def check_learns(teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, folder: Path, *flags: str) -> None:
+def check_learns(teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, folder: Path, options: Options) -> None:
     """A short run teaches the figure and leaves the rest: what must fail where something is wrong.
 
-    The folder's captions are wrong at first, and cached; then they are put right.
+    The folder's captions are wrong at first, and cached, the figure's those of other pictures; then they are put right.
     """
     pictures = folder / "figure"
     shutil.copytree(trained.figure, pictures)
     captions = sorted(pictures.glob("*.txt"))
     right = [path.read_bytes() for path in captions]
-    for path, other in zip(captions, right[1:] + right[:1], strict=True):
+    for path, other in zip(captions, right[16:] + right[:16], strict=True):
         path.write_bytes(other)
-    teach(pictures, "--max_train_steps", "1", "--lr_scheduler", "constant", "--lr_warmup_steps", "0")
+    teach(pictures, STEADY | {"max_train_steps": "1"})
     for path, own in zip(captions, right, strict=True):
         path.write_bytes(own)
-    adapter = teach(pictures, *SHORT, *flags, "--overwrite")
+    adapter = teach(pictures, SHORT | options)
 
     figure = figure_exam()[:16]
     pipe.load_lora_weights(adapter, adapter_name="figure")
@@ -55,8 +54,8 @@ def check_learns(teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, fol
 
 def check_small_steps(teach: Teach, trained: MiniatureFiles, *_: Any) -> None:
     """Steps far smaller than bfloat16's distance between numbers are not lost."""
-    flags = ("--learning_rate", "1e-6", "--lr_scheduler", "constant", "--lr_warmup_steps", "0")
-    one, four = (load_file(teach(trained.figure, *flags, "--max_train_steps", n, "--overwrite")) for n in ("1", "4"))
+    slow = STEADY | {"learning_rate": "1e-6"}
+    one, four = (load_file(teach(trained.figure, slow | {"max_train_steps": steps})) for steps in ("1", "4"))
     downs = [key for key in one if key.endswith("lora_down.weight")]
     assert all((one[key] != four[key]).float().mean() > 0.5 for key in downs)
 
@@ -64,7 +63,7 @@ def check_small_steps(teach: Teach, trained: MiniatureFiles, *_: Any) -> None:
 def test_miniature_learns_a_figure_in_a_minute(
     teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, tmp_path: Path
 ) -> None:
-    check_learns(teach, trained, pipe, tmp_path)
+    check_learns(teach, trained, pipe, tmp_path, {})
 
 
 def test_miniature_small_steps_count(teach: Teach, trained: MiniatureFiles) -> None:
@@ -73,11 +72,11 @@ def test_miniature_small_steps_count(teach: Teach, trained: MiniatureFiles) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("flags", [ALPHA, SENTINEL], ids=["alpha", "sentinel"])
+@pytest.mark.parametrize("options", [ALPHA, SENTINEL], ids=["alpha", "sentinel"])
 def test_miniature_learns_with_another_scale(
-    flags: tuple[str, ...], teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, tmp_path: Path
+    options: Options, teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, tmp_path: Path
 ) -> None:
-    check_learns(teach, trained, pipe, tmp_path, *flags)
+    check_learns(teach, trained, pipe, tmp_path, options)
 
 
 def plant_sigma_times_1000(patch: pytest.MonkeyPatch) -> None:
@@ -122,26 +121,34 @@ def plant_bf16_adapter(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(run, "add_network", narrow)
 
 
-def plant_captions_mixed_up(patch: pytest.MonkeyPatch) -> None:
+def change_captions(patch: pytest.MonkeyPatch, change: Callable[[Any, dict[str, str]], dict[str, str]]) -> None:
+    """Let the entries of encoded captions, by their texts, be others: `change(pictures, entries)`."""
     real = CachedDataset.__init__
 
-    def mixed(self: CachedDataset, pictures: Any, latents: Any, captions: Any, **options: Any) -> None:
-        real(self, pictures, latents, [*captions[1:], captions[0]], **options)
+    def changed(self: CachedDataset, pictures: Any, latents: Any, captions: Any, *rest: Any, **options: Any) -> None:
+        real(self, pictures, latents, change(pictures, captions), *rest, **options)
 
-    patch.setattr(CachedDataset, "__init__", mixed)
+    patch.setattr(CachedDataset, "__init__", changed)
+
+
+def plant_captions_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    def mixed(pictures: Any, captions: dict[str, str]) -> dict[str, str]:
+        entries = list(captions.values())
+        return dict(zip(captions, entries[10:] + entries[:10], strict=True))
+
+    change_captions(patch, mixed)
 
 
 def plant_stale_cache(patch: pytest.MonkeyPatch) -> None:
-    """What a picture's caption was when it was first encoded is what it stays."""
-    from dataclasses import replace
+    """A picture keeps the encoded caption that it had first."""
+    first: dict[Path, str] = {}
 
-    real, first = encoding.plan_captions, {}
+    def stale(pictures: Any, captions: dict[str, str]) -> dict[str, str]:
+        return captions | {
+            picture.caption: first.setdefault(picture.path, captions[picture.caption]) for picture in pictures
+        }
 
-    def stale(pictures: Any, **options: Any) -> Any:
-        old = [replace(picture, caption=first.setdefault(picture.path, picture.caption)) for picture in pictures]
-        return real(old, **options)
-
-    patch.setattr(encoding, "plan_captions", stale)
+    change_captions(patch, stale)
 
 
 def plant_sentinel_scale(patch: pytest.MonkeyPatch) -> None:
@@ -157,15 +164,15 @@ def plant_sentinel_scale(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("plant", "check", "flags"),
+    ("plant", "check", "options"),
     [
-        (plant_sigma_times_1000, check_learns, ()),
-        (plant_target_sign, check_learns, ()),
+        (plant_sigma_times_1000, check_learns, {}),
+        (plant_target_sign, check_learns, {}),
         (plant_alpha_ignored, check_learns, ALPHA),
-        (plant_text_padding, check_learns, ()),
-        (plant_bf16_adapter, check_small_steps, ()),
-        (plant_captions_mixed_up, check_learns, ()),
-        (plant_stale_cache, check_learns, ()),
+        (plant_text_padding, check_learns, {}),
+        (plant_bf16_adapter, check_small_steps, {}),
+        (plant_captions_mixed_up, check_learns, {}),
+        (plant_stale_cache, check_learns, {}),
         (plant_sentinel_scale, check_learns, SENTINEL),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -173,7 +180,7 @@ def plant_sentinel_scale(patch: pytest.MonkeyPatch) -> None:
 def test_miniature_shows_a_planted_fault(
     plant: Callable[[pytest.MonkeyPatch], None],
     check: Callable[..., None],
-    flags: tuple[str, ...],
+    options: Options,
     teach: Teach,
     trained: MiniatureFiles,
     pipe: AnimaPipeline,
@@ -183,4 +190,4 @@ def test_miniature_shows_a_planted_fault(
     """The same checks that pass above fail, by what they assert and not by an error elsewhere."""
     plant(monkeypatch)
     with pytest.raises(AssertionError):
-        check(teach, trained, pipe, tmp_path, *flags)
+        check(teach, trained, pipe, tmp_path, options)

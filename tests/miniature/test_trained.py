@@ -32,7 +32,7 @@ from anima_peft.pipeline import AnimaPipeline
 from anima_peft.training.run import train
 from anima_peft.transformer import AnimaTransformerModel
 
-from .conftest import NETWORKS, ask, quickstart
+from .conftest import NETWORKS, ask, flags_of, quickstart
 
 Taught = Callable[..., Path]
 OLD = base_exam()[::2]
@@ -47,7 +47,7 @@ def taught(trained: MiniatureFiles, tmp_path_factory: pytest.TempPathFactory) ->
     @cache
     def run(concept: str, network: str = "lora", norms: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("taught")
-        flags = [*NETWORKS[network], "--train_norm", str(norms).lower()]
+        flags = [*flags_of(NETWORKS[network]), "--train_norm" if norms else "--no-train_norm"]
         return train(load([*quickstart(trained, getattr(trained, concept), folder), *flags])).adapter
 
     return run
