@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 
-from anima_peft.adapters.factors import LoraFactors
 from anima_peft.adapters.lokr import LoKrLinear
 from anima_peft.data.dataset import CachedDataset
 from anima_peft.miniature import MiniatureFiles, figure_exam
@@ -39,7 +39,7 @@ def check_learns(teach: Teach, trained: MiniatureFiles, pipe: AnimaPipeline, fol
     right = [path.read_bytes() for path in captions]
     for path, other in zip(captions, right[16:] + right[:16], strict=True):
         path.write_bytes(other)
-    teach(pictures, STEADY | {"max_train_steps": "1"})
+    teach(pictures, STEADY | {"max_train_steps": "8"})  # an epoch: every caption
     for path, own in zip(captions, right, strict=True):
         path.write_bytes(own)
     adapter = teach(pictures, SHORT | options)
@@ -91,7 +91,16 @@ def plant_target_sign(patch: pytest.MonkeyPatch) -> None:
 
 
 def plant_alpha_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LoraFactors, "scale", 1.0)
+    real = AnimaPipeline.load_lora_weights
+
+    def load(self: AnimaPipeline, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        for part in (self.transformer, self.text_conditioner):
+            for module in part.modules():
+                if isinstance(module, LoraLayer):
+                    module.scaling = dict.fromkeys(module.scaling, 1.0)
+
+    patch.setattr(AnimaPipeline, "load_lora_weights", load)
 
 
 def plant_text_padding(patch: pytest.MonkeyPatch) -> None:
@@ -145,7 +154,9 @@ def plant_stale_cache(patch: pytest.MonkeyPatch) -> None:
 
     def stale(pictures: Any, captions: dict[str, str]) -> dict[str, str]:
         return captions | {
-            picture.caption: first.setdefault(picture.path, captions[picture.caption]) for picture in pictures
+            picture.caption: first.setdefault(picture.path, captions[picture.caption])
+            for picture in pictures
+            if picture.caption in captions
         }
 
     change_captions(patch, stale)
