@@ -205,9 +205,12 @@ def _names(dataset: CachedDataset, sampler: BucketBatchSampler, progress: Progre
 
 def _memory_advice(options: TrainOptions, progress: Progress, device: torch.device, error: Exception) -> str:
     """What would make this run fit on this device."""
-    loop = options.loop
+    loop, on_card = options.loop, device.type == "cuda"
+    quantized = options.memory.base_quantization != "none"
     advice = [
-        "set gradient_checkpointing = true" if not loop.gradient_checkpointing else "",
+        'set gradient_checkpointing = true (memory = "balanced")' if not loop.gradient_checkpointing else "",
+        'let blocks wait in main memory (memory = "low")' if on_card and not options.memory.blocks_to_swap else "",
+        'keep the base smaller (base_quantization = "int8")' if on_card and not quantized else "",
         "lower batch_size and raise gradient_accumulation_steps" if max(progress.settings["batch sizes"]) > 1 else "",
         'use mixed_precision = "bf16"' if loop.mixed_precision == "no" else "",
         "lower the dataset's resolution",
@@ -216,7 +219,7 @@ def _memory_advice(options: TrainOptions, progress: Progress, device: torch.devi
     ]
     what = next(iter(str(error).splitlines()), "no more is known")
     name = "The computer"
-    if device.type == "cuda":
+    if on_card:
         card = torch.cuda.get_device_properties(device)
         name = f"{card.name}, with {card.total_memory / 2**30:.1f} GiB,"
     return f"{name} ran out of memory ({what}). To fit: {'; '.join(filter(None, advice))}."
