@@ -85,4 +85,4 @@ def test_what_is_imported_is_declared() -> None:
                 imported.add(node.module.split(".")[0])
     others = {"pillow" if name == "PIL" else name for name in imported - set(sys.stdlib_module_names)}
     assert {"torch", "diffusers", "peft"} <= others
-    assert others <= declared | {"anima_peft"}
+    assert others <= declared | {"anima_peft", "anima_peft_command"}

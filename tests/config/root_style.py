@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anima_peft.migrate_command import migrate_file
-
 from anima_peft.cli import report_faults
+from anima_peft.commands.migrate import migrate_file
 
 # save_every counts epochs; t5_tokenizer_path; further sections
 OLDER = """

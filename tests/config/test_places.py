@@ -48,7 +48,7 @@ def test_the_whole_configuration_may_stand_on_the_command_line(tmp_path: Path) -
     dataset.write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "p"\n')
     words = ["--anima_transformer", "m", "--network_module", "networks.lora_anima", "--learning_rate", "1e-4"]
     run = load([*words, "--output_dir", "o", "--output_name", "n", "--dataset_config", str(dataset)])
-    assert (run.config_file, run.dataset_config) == (None, dataset)
+    assert run.resolved.splitlines()[1:3] == ["# train args: none", f"# dataset: {dataset}"]
     assert run.train.optimizer.learning_rate == 1e-4
 
 

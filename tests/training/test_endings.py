@@ -345,12 +345,12 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path: Path, m
     requests = Requests(Outputs(tmp_path, "lora"), processes)
 
     def gather(value: Any) -> list[Any]:
+        monkeypatch.undo()
         signal.raise_signal(signal.SIGTERM)
         return [value]
 
     with requests.listening():
         monkeypatch.setattr(processes, "gather", gather)
         assert requests.take() is None
-        monkeypatch.undo()
         assert requests.take() is Action.STOP
         assert requests.signal == signal.SIGTERM
