@@ -15,6 +15,7 @@ from .reporting import Row, print_tables, write_json
 BENCHMARKS = {
     "lokr": "one linear layer with LoRA, our LoKr, PEFT's and LyCORIS'",
     "step": "a whole training step beside PEFT and LyCORIS, and its parts",
+    "tokens": "a training step by the number of its tokens",
     "caching": "pictures and captions into the cache, against the encoders alone",
     "loading": "the model and an adapter from their files, against diffusers",
     "generation": "a sampler step with an adapter, beside the base, fused, and exchanged",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import threading
@@ -11,6 +12,7 @@ from types import TracebackType
 
 import psutil
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], torch.Tensor]
 
@@ -99,6 +101,21 @@ def paired_times(steps: Mapping[str, Callable[[], None]], rounds: int, device: t
 def median_ratio(times: Mapping[str, list[float]], name: str, reference: str) -> float:
     """Median over the rounds of one step's time over another's."""
     return statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True))
+
+
+def flops_of(step: Callable[[], None]) -> int:
+    """Floating-point operations of a step's products, attention's among them, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops: int = counter.get_total_flops()
+    return flops
+
+
+def let_go() -> None:
+    """Free models that hooks and graphs tie into circles, and what the card keeps for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def saved_bytes(forward: Step, parameters: set[int]) -> int:

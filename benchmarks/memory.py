@@ -9,7 +9,7 @@ a step of the real size would allocate, see `counting`.
 from __future__ import annotations
 
 import argparse
-import gc
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from anima_peft.training.objective import flow_loss
 from anima_peft.training.prepare import optimization, prepare_model
 
 from .counting import count_step
-from .measure import PeakMemory, median_ratio, paired_times
+from .measure import PeakMemory, let_go, median_ratio, paired_times
 from .models import transformer_model
 from .reporting import Row
 
@@ -100,8 +100,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
         with engine(options) as accelerator:
             plain = _prepare(options, accelerator, arguments, side)
             times = paired_times({PLAIN: plain.step}, arguments.rounds, device)[PLAIN]
-            median = sorted(times)[len(times) // 2]
-            yield Row(case, PLAIN, 1e3 * median, "ms", 1.0, PLAIN, plain.bytes)
+            yield Row(case, PLAIN, 1e3 * statistics.median(times), "ms", 1.0, PLAIN, plain.bytes)
             for name in names:
                 yield _measure(name, case, Path(folder), plain, accelerator, arguments, side)
 
@@ -134,18 +133,18 @@ def _measure(
         require_device(options, arguments.device)
     except InputError as missing:
         return Row(case, name, None, "ms", figures={"off by": str(missing).partition(" (")[0]})
+    candidate = None
     try:
         candidate = _prepare(options, accelerator, arguments, side)
+        off = max(abs(one - other) / other for one, other in zip(candidate.losses, plain.losses, strict=True))
+        times = paired_times({PLAIN: plain.step, name: candidate.step}, arguments.rounds, arguments.device)
+        median, ratio = statistics.median(times[name]), median_ratio(times, name, PLAIN)
+        return Row(case, name, 1e3 * median, "ms", ratio, PLAIN, candidate.bytes, {"off by": f"{off:.1e}"})
     except torch.OutOfMemoryError:
-        _collect()
         return Row(case, name, None, "ms", figures={"off by": "does not fit"})
-    off = max(abs(one - other) / other for one, other in zip(candidate.losses, plain.losses, strict=True))
-    times = paired_times({PLAIN: plain.step, name: candidate.step}, arguments.rounds, arguments.device)
-    median = sorted(times[name])[len(times[name]) // 2]
-    peak = candidate.bytes
-    del candidate
-    _collect()
-    return Row(case, name, 1e3 * median, "ms", median_ratio(times, name, PLAIN), PLAIN, peak, {"off by": f"{off:.1e}"})
+    finally:
+        del candidate
+        let_go()
 
 
 def _prepare(options: TrainOptions, accelerator: Accelerator, arguments: argparse.Namespace, side: int) -> Candidate:
@@ -185,17 +184,10 @@ def _prepare(options: TrainOptions, accelerator: Accelerator, arguments: argpars
         return float(loss.detach())
 
     losses = [step() for _ in range(_FIRST_STEPS)]
-    _collect()
+    let_go()
     with PeakMemory(device) as memory:
         step()
     return Candidate(step, losses, memory.peak - before)
-
-
-def _collect() -> None:
-    """Let go of models that hooks and graphs tie into circles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _options(folder: Path, name: str, arguments: argparse.Namespace) -> TrainOptions:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth_start, lokr, step
+from benchmarks import candidates, growth_start, lokr, step, tokens
 from benchmarks.__main__ import BENCHMARKS, main, parse
 from benchmarks.measure import PeakMemory, median_ratio, paired_times, saved_bytes
 from benchmarks.reporting import Row, case_table
@@ -123,6 +123,34 @@ def test_step_measures_ours_beside_the_others(
     for row in parts:
         assert row["figures"].keys() == names
         assert sum(row["figures"].values()) == pytest.approx(row["median"])
+
+
+def test_step_goes_on_without_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(step, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(candidates, "_lycoris", too_large)
+    words = ["step", "--heads", "1", "--blocks", "1", "--tokens", "2", "2", "--rounds", "1", "--device", "cpu"]
+    main([*words, "--json", str(tmp_path / "a.json")])
+    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["benchmarks"]["step"]
+    (unfit,) = (row for row in rows if row["name"] == "LyCORIS LoKr")
+    assert (unfit["median"], unfit["figures"]) == (None, {"share of peak": "does not fit"})
+    assert sum(row["ratio"] is not None for row in rows) == 5
+    monkeypatch.setattr(candidates, "_peft", lambda _: too_large)
+    with pytest.raises(SystemExit, match="PEFT LoRA, which all are compared with, does not fit"):
+        main(words)
+
+
+def test_tokens_measures_growth_beside_arithmetic(tmp_path: Path) -> None:
+    words = ["tokens", "--heads", "1", "--blocks", "1", "--sides", "4", "2", "--rounds", "1", "--device", "cpu"]
+    main([*words, "--json", str(tmp_path / "a.json")])
+    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["benchmarks"]["tokens"]
+    assert [row["name"] for row in rows] == ["4 tokens", "16 tokens"] * len(tokens.NAMES)
+    for small, large in zip(rows[::2], rows[1::2], strict=True):
+        assert (small["ratio"], small["figures"]["time / arithmetic"]) == (1, 1)
+        assert large["figures"]["tokens"] == 4
+        assert 1 < large["figures"]["arithmetic"] < 5
 
 
 def test_memory_measures_each_option_beside_the_plain_step(tmp_path: Path) -> None:
