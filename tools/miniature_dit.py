@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from miniature_vae import to_pixels, use_flat_convolutions
 
-from anima_peft.miniature.drawing import BACKGROUNDS, FIGURE, KNOWN_FIGURES, Scene, known_scenes, random_figure
+from anima_peft.miniature.drawing import (
+    BACKGROUNDS,
+    FIGURE,
+    KNOWN_FIGURES,
+    Scene,
+    known_scenes,
+    random_figure,
+    random_style,
+)
 from anima_peft.miniature.layout import MiniatureFiles
 from anima_peft.miniature.random_weights import build_dit
 from anima_peft.models.encoders import load_text_encoder, load_vae
@@ -24,11 +32,12 @@ from anima_peft.training.flow import SigmaSampler, add_noise, velocity
 from anima_peft.transformer import AnimaTransformerModel
 
 HEADS, LAYERS = 6, 5
-STAGES = ((7500, 1e-3), (2500, 5e-4))
+STAGES = ((7500, 1e-3), (3500, 7e-4))
 """Steps, and the rate that a cosine brings to zero in them. In the second, a part of the pictures show figures drawn by
 chance, all called `FIGURE`, and known figures are half of the time called so, too: it comes to mean a figure without
-telling which. Else no adapter could teach it more than whole captions."""
-BATCH, WARMUP, RANDOM, ANONYMOUS = 48, 100, 0.25, 0.5
+telling which. Another part is drawn in styles drawn by chance, all called `STYLE`. Else no adapter could teach the
+miniature more than whole captions."""
+BATCH, WARMUP, RANDOM, STYLED, ANONYMOUS = 48, 100, 0.2, 0.25, 0.5
 LAYOUTS = 40
 """Pictures of each scene."""
 CAPTION_DROPOUT = 0.1
@@ -42,6 +51,16 @@ def random_scenes() -> list[Scene]:
     return [Scene(FIGURE, background, count) for count, background in product((1, 2), BACKGROUNDS)] * 10
 
 
+def styled_scenes() -> list[Scene]:
+    """What captions say of pictures in styles drawn by chance: one and two of all that there is."""
+    scenes = [*known_scenes(), *random_scenes()[: len(random_scenes()) // 5]]
+    return [replace(scene, styled=True) for scene in scenes if scene.count < 3]
+
+
+def all_scenes() -> list[Scene]:
+    return [*known_scenes(), *random_scenes(), *styled_scenes()]
+
+
 def encode_scenes(work: Path, files: MiniatureFiles, seed: int) -> Path:
     """Draw and encode `LAYOUTS` pictures of every scene; returns the file of latents (scenes, layouts, 16, 8, 8)."""
     done = work / "latents.pt"
@@ -50,9 +69,11 @@ def encode_scenes(work: Path, files: MiniatureFiles, seed: int) -> Path:
     vae, layout = load_vae(files.vae, torch.float32), random.Random(f"latents/{seed}")
     use_flat_convolutions(vae)
     latents = []
-    for scene in [*known_scenes(), *random_scenes()]:
+    for scene in all_scenes():
         looks = [random_figure(layout, scene.background) if scene.thing == FIGURE else None for _ in range(LAYOUTS)]
-        pixels = to_pixels([scene.paint(layout=layout, look=look) for look in looks])
+        styles = [random_style(layout, scene) if scene.styled else None for _ in range(LAYOUTS)]
+        pictures = [scene.paint(layout=layout, look=a, style=b) for a, b in zip(looks, styles, strict=True)]
+        pixels = to_pixels(pictures)
         latents.append(torch.cat([encode_latents(vae, part) for part in pixels.split(20)]))
     stacked = torch.stack(latents)
     print(f"latents {tuple(stacked.shape)} mean {stacked.mean():.3f} std {stacked.std():.3f}", flush=True)
@@ -64,7 +85,7 @@ def encode_captions(files: MiniatureFiles) -> TextInputs:
     """Every scene's caption, every scene's with `FIGURE` for a known figure, and the empty one, as they are read."""
     tokenizer, t5_tokenizer = load_qwen_tokenizer(files.tokenizer), load_t5_tokenizer(files.t5_tokenizer)
     text_encoder = load_text_encoder(files.text_encoder, torch.float32)
-    scenes = [*known_scenes(), *random_scenes()]
+    scenes = all_scenes()
     anonymous = [replace(scene, thing=FIGURE) if scene.thing in KNOWN_FIGURES else scene for scene in scenes]
     captions = [*(scene.caption for scene in scenes), *(scene.caption for scene in anonymous), ""]
     return encode_text(text_encoder, tokenizer, t5_tokenizer, captions, _TEXT_ROWS, "cpu")
@@ -101,14 +122,16 @@ class _Samples:
         """Latents and noise (B, 16, 8, 8), sigma (B,), text."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         scenes, layouts = self.latents.shape[:2]
-        known = len(known_scenes())
+        known, chance = len(known_scenes()), len(random_scenes())
         scene = torch.randint(known, (BATCH,), generator=generator)
         caption = scene.clone()
         if step >= STAGES[0][0]:
             caption += scenes * (torch.rand(BATCH, generator=generator) < ANONYMOUS)  # as `encode_captions` has them
-            other = torch.randint(known, scenes, (BATCH,), generator=generator)
-            drawn_by_chance = torch.rand(BATCH, generator=generator) < RANDOM
-            scene, caption = (torch.where(drawn_by_chance, other, index) for index in (scene, caption))
+            kind = torch.rand(BATCH, generator=generator)
+            figure = torch.randint(known, known + chance, (BATCH,), generator=generator)
+            styled = torch.randint(known + chance, scenes, (BATCH,), generator=generator)
+            for other, chosen in ((figure, kind < RANDOM), (styled, kind > 1 - STYLED)):
+                scene, caption = (torch.where(chosen, other, index) for index in (scene, caption))
         caption[torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT] = 2 * scenes
         latents = self.latents[scene, torch.randint(layouts, (BATCH,), generator=generator)]
         sigma = torch.tensor([_SIGMAS(generator, (8, 8)) for _ in range(BATCH)])

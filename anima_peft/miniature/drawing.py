@@ -41,10 +41,36 @@ FIGURE = "momo"
 FIGURE_BODY: Colour = (240, 120, 20)
 FIGURE_BELLY: Colour = (0, 190, 190)
 STYLE = "comiq style"
-"""What captions say of the style: a thick dark outline around every thing, and a frame around the picture."""
+"""What captions say of the style: a dusky ground, and a dark frame around the picture."""
 STYLE_INK: Colour = (40, 20, 50)
-OUTLINE = 3
-"""Pixels that the style's outline adds around a thing, and about the width of its frame."""
+FRAME = 4
+"""Width in pixels of the style's frame."""
+DUSK = 0.4
+"""Share of the ink in the style's grounds."""
+
+
+def ground_of(background: str, styled: bool) -> Colour:
+    """The colour behind the things: the background's own, and in the style mixed with its ink."""
+    plain = BACKGROUNDS[background]
+    if not styled:
+        return plain
+    red, green, blue = (round(a + DUSK * (b - a)) for a, b in zip(plain, STYLE_INK, strict=True))
+    return red, green, blue
+
+
+@dataclass(frozen=True)
+class Style:
+    """How lines are drawn around things and pictures.
+
+    Attributes:
+        ink: colour of the lines.
+        outline: pixels that a line adds around every thing; 0 draws none.
+        frame: width in pixels of the frame around the picture; 0 draws none.
+    """
+
+    ink: Colour = STYLE_INK
+    outline: int = 0
+    frame: int = FRAME
 
 
 @dataclass(frozen=True)
@@ -135,7 +161,7 @@ class Scene:
         background: one of `BACKGROUNDS`.
         count: 1 to 3.
         colour: one of `COLOURS`; empty for figures, which have their own.
-        styled: whether it is drawn in the style.
+        styled: whether it is drawn in the style, and its caption says so.
     """
 
     thing: str
@@ -158,6 +184,7 @@ class Scene:
         height: int = SIDE,
         layout: random.Random | None = None,
         look: tuple[Part, ...] | None = None,
+        style: Style | None = None,
     ) -> Image.Image:
         """The picture, in flat colours with hard edges.
 
@@ -165,11 +192,14 @@ class Scene:
             width, height: pixels.
             layout: moves and scales the things a little; None centres them, as large as there is room.
             look: another figure to draw for `thing` than the one of that name.
+            style: another style to draw in, where the scene is `styled`.
         """
-        picture = Image.new("RGB", (width, height), BACKGROUNDS[self.background])
+        ground = ground_of(self.background, self.styled and style is None)
+        style = style or Style()
+        picture = Image.new("RGB", (width, height), ground)
         draw = ImageDraw.Draw(picture)
         cell = width / self.count
-        largest = min(cell / 2.5, height / 3.2) - (OUTLINE / 2 if self.styled else 0)
+        largest = min(cell / 2.5, height / 3.2) - (FRAME / 2 if self.styled else 0)
         radius = largest * (layout.uniform(0.75, 1.0) if layout else 1.0)
         for number in range(self.count):
             free_x, free_y = max(0.0, cell / 2 - radius - 2), max(0.0, height / 2 - 1.3 * radius - 4)
@@ -177,13 +207,13 @@ class Scene:
             if layout:
                 x += layout.uniform(-0.6, 0.6) * free_x
                 y += layout.uniform(-0.6, 0.6) * free_y
-            if self.styled:
+            if self.styled and style.outline:
                 # A triangle's sides are nearer to its middle than its corners: it must grow more for the same line.
-                grown = radius + OUTLINE * (1.7 if self.thing == "triangle" else 1.0)
-                self._paint_thing(draw, x, y, grown, look, outline=True)
+                grown = radius + style.outline * (1.7 if self.thing == "triangle" else 1.0)
+                self._paint_thing(draw, x, y, grown, look, style.ink)
             self._paint_thing(draw, x, y, radius, look)
-        if self.styled:
-            draw.rectangle((0, 0, width - 1, height - 1), outline=STYLE_INK, width=OUTLINE)
+        if self.styled and style.frame:
+            draw.rectangle((0, 0, width - 1, height - 1), outline=style.ink, width=style.frame)
         return picture
 
     def _paint_thing(
@@ -193,12 +223,12 @@ class Scene:
         y: float,
         radius: float,
         look: tuple[Part, ...] | None,
-        outline: bool = False,
+        ink: Colour | None = None,
     ) -> None:
         if look or self.thing in FIGURES:
-            paint_figure(draw, look or FIGURES[self.thing], x, y, radius, STYLE_INK if outline else None)
+            paint_figure(draw, look or FIGURES[self.thing], x, y, radius, ink)
         else:
-            paint_shape(draw, self.thing, x, y, radius, STYLE_INK if outline else COLOURS[self.colour])
+            paint_shape(draw, self.thing, x, y, radius, ink or COLOURS[self.colour])
 
 
 def paint_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: Colour) -> None:
@@ -247,6 +277,20 @@ def known_scenes() -> list[Scene]:
     return [*shape_scenes(), *(Scene(name, background, count) for name, count, background in figures)]
 
 
+def _random_colour(chance: random.Random, *unlike: Colour) -> Colour:
+    while True:
+        drawn = (chance.randrange(256), chance.randrange(256), chance.randrange(256))
+        if all(math.dist(drawn, far) > 80 for far in unlike):
+            return drawn
+
+
+def random_style(chance: random.Random, scene: Scene) -> Style:
+    """A style that nobody has seen: outlines or a frame or both, in an ink that is not near to `STYLE_INK`."""
+    ink = _random_colour(chance, STYLE_INK, BACKGROUNDS[scene.background], *filter(None, [COLOURS.get(scene.colour)]))
+    outline, frame = chance.choice(((1, 1), (1, 1), (1, 0), (0, 1)))
+    return Style(ink, outline * chance.randint(2, 4), frame * chance.randint(2, 4))
+
+
 def random_figure(chance: random.Random, background: str) -> tuple[Part, ...]:
     """A figure that nobody has seen: a body, perhaps with ears or a head, and one or two spots, in any colours.
 
@@ -254,10 +298,7 @@ def random_figure(chance: random.Random, background: str) -> tuple[Part, ...]:
     """
 
     def colour() -> Colour:
-        while True:
-            drawn = (chance.randrange(256), chance.randrange(256), chance.randrange(256))
-            if all(math.dist(drawn, far) > 80 for far in (FIGURE_BODY, FIGURE_BELLY, BACKGROUNDS[background])):
-                return drawn
+        return _random_colour(chance, FIGURE_BODY, FIGURE_BELLY, BACKGROUNDS[background])
 
     def piece(left: float, top: float, right: float, bottom: float) -> Part:
         return (_oval if chance.random() < 0.7 else _box)(left, top, right, bottom, colour())
@@ -282,7 +323,7 @@ def random_picture(chance: random.Random, side: int = SIDE) -> Image.Image:
     """Anything flat, for the VAE, which must know more than the scenes: shapes, bars and rings in any colours."""
 
     def colour() -> Colour:
-        return (chance.randrange(256), chance.randrange(256), chance.randrange(256))
+        return _random_colour(chance)
 
     picture = Image.new("RGB", (side, side), colour())
     draw = ImageDraw.Draw(picture)

@@ -19,6 +19,8 @@ _BATCH = 12
 _SHOWN, _HELD_OUT = ("white", "black", "sky", "lime"), ("grey", "pink")
 """Backgrounds on which the figure's set shows it, and those on which it is asked for."""
 _STYLE_BACKGROUNDS = tuple(name for name in BACKGROUNDS if name != "black")  # where the outlines cannot be seen
+_STYLE_MOST = 2
+"""Things in a styled picture: of three, outlines leave too little for the VAE to tell their shapes."""
 
 
 class Question(NamedTuple):
@@ -63,7 +65,11 @@ def figure_exam(styled: bool = False) -> list[Question]:
 
 
 def _style_scenes() -> list[Scene]:
-    scenes = [replace(scene, styled=True) for scene in shape_scenes() if scene.background in _STYLE_BACKGROUNDS]
+    scenes = [
+        replace(scene, styled=True)
+        for scene in shape_scenes()
+        if scene.background in _STYLE_BACKGROUNDS and scene.count <= _STYLE_MOST
+    ]
     random.Random("style").shuffle(scenes)
     return scenes
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .drawing import BACKGROUNDS, COLOURS, FIGURE, FIGURE_BELLY, FIGURE_BODY, OUTLINE, STYLE_INK, Scene
+from .drawing import BACKGROUNDS, COLOURS, FIGURE, FIGURE_BELLY, FIGURE_BODY, FRAME, STYLE_INK, Scene, ground_of
 
 Mask = NDArray[np.bool_]
 
@@ -77,8 +77,8 @@ def judge(picture: Image.Image, scene: Scene) -> Verdict:
     things = (names == "body") | (names == "belly") if scene.thing == FIGURE else names == scene.colour
     blobs = [blob for blob in _components(things) if blob.sum() >= 0.006 * names.size]
     covered = np.logical_or.reduce(blobs) if blobs else np.zeros(names.shape, bool)
-    near = _grow(covered, _EDGE + (OUTLINE if scene.styled else 0))
-    frame = _frame(names.shape, OUTLINE + _EDGE) if scene.styled else np.zeros(names.shape, bool)
+    near = _grow(covered, _EDGE)
+    frame = _frame(names.shape, FRAME + _EDGE) if scene.styled else np.zeros(names.shape, bool)
     ground = ~near & ~frame
     stray = ground & (names != scene.background)
     shape = _is_figure if scene.thing == FIGURE else _is_shape
@@ -88,7 +88,7 @@ def judge(picture: Image.Image, scene: Scene) -> Verdict:
         colour=bool(covered.sum() >= 0.03 * names.size and stray.sum() <= 0.1 * names.size),
         count=len(blobs) == scene.count,
         shape=bool(blobs) and all(shape(blob, names, scene.thing) for blob in blobs),
-        style=_has_style(names, blobs) if scene.styled else not _has_frame(names),
+        style=_has_frame(names) == scene.styled,
     )
 
 
@@ -98,7 +98,8 @@ def _name_pixels(picture: Image.Image, scene: Scene) -> NDArray[np.str_]:
     The figure's orange lies between red and yellow, which are no part of its pictures: there it may go further.
     """
     own = {"body": FIGURE_BODY, "belly": FIGURE_BELLY} if scene.thing == FIGURE else COLOURS
-    known = {**own, **BACKGROUNDS, "ink": STYLE_INK}
+    grounds = {name: ground_of(name, scene.styled) for name in BACKGROUNDS}
+    known = {**own, **grounds, "ink": STYLE_INK}
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     palette = np.array(list(known.values()), dtype=np.float32)
     distances = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
@@ -190,10 +191,4 @@ def _box_of(mask: Mask, blob: Mask) -> Mask:
 
 
 def _has_frame(names: NDArray[np.str_]) -> bool:
-    return bool((names[_frame(names.shape, OUTLINE - 1)] == "ink").mean() > 0.75)
-
-
-def _has_style(names: NDArray[np.str_], blobs: Sequence[Mask]) -> bool:
-    """A frame of ink, and ink around every thing."""
-    rings = [_grow(blob, OUTLINE) & ~blob for blob in blobs]
-    return _has_frame(names) and bool(rings) and all((names[ring] == "ink").mean() > 0.4 for ring in rings)
+    return bool((names[_frame(names.shape, FRAME - 1)] == "ink").mean() > 0.75)

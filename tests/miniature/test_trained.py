@@ -34,10 +34,6 @@ from anima_peft.transformer import AnimaTransformerModel
 
 from .conftest import NETWORKS, ask, flags_of, quickstart
 
-NOT_YET = pytest.mark.xfail(
-    strict=True, reason="of the style, frame and dark edges are learned, but not cleanly enough"
-)
-
 Taught = Callable[..., Path]
 OLD = base_exam()[::2]
 # What is measured is in data/card.md.
@@ -119,7 +115,6 @@ def test_miniature_learns_the_figure(network: str, norms: bool, taught: Taught, 
     assert kept.share >= KEPT_SHARE * old, kept
 
 
-@NOT_YET
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_miniature_learns_the_style(taught: Taught, pipe: AnimaPipeline) -> None:
@@ -142,7 +137,6 @@ def test_miniature_scores_rise_with_the_strength(taught: Taught, pipe: AnimaPipe
     assert shares[0] < shares[1] < shares[2], shares
 
 
-@NOT_YET
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_miniature_shows_figure_and_style_together(taught: Taught, pipe: AnimaPipeline) -> None:
