@@ -46,6 +46,9 @@ def compile_blocks(model: AnimaTransformerModel, backend: str) -> None:
     size; from then on a bucket costs nothing. Only a last batch that is smaller than the others can cost one more.
     torch keeps what inductor has compiled in a folder of its own (`TORCHINDUCTOR_CACHE_DIR`) for the next run.
 
+    Their backward pass computes again what is cheap, as `recompute_cheap_values` lets that of other blocks do; torch
+    would keep half as much again by itself.
+
     Args:
         model: with its adapter; `components` and their names do not change.
         backend: one of `torch.compiler.list_backends`.
@@ -54,6 +57,11 @@ def compile_blocks(model: AnimaTransformerModel, backend: str) -> None:
     blocks = len(model.transformer.transformer_blocks)
     limit = blocks * _GRAPHS_PER_BLOCK
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    # torch computes again only what is on a list of its own, which has no products and no attention. These would keep
+    # some of the list's all the same, to save a little time.
+    torch._functorch.config.ban_recompute_used_far_apart = False
+    torch._functorch.config.ban_recompute_long_fusible_chains = False
+    torch._functorch.config.ban_recompute_materialized_backward = False
     # Dropout draws from torch's own generator, as without a compiler.
     model.compile_repeated_blocks(backend=backend, options={"fallback_random": True} if backend == "inductor" else None)
 
