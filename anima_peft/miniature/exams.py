@@ -18,9 +18,9 @@ STEPS, GUIDANCE_SCALE = 12, 3.0
 _BATCH = 12
 _SHOWN, _HELD_OUT = ("white", "black", "sky", "lime"), ("grey", "pink")
 """Backgrounds on which the figure's set shows it, and those on which it is asked for."""
-_STYLE_BACKGROUNDS = tuple(name for name in BACKGROUNDS if name != "black")  # where the outlines cannot be seen
+_STYLE_BACKGROUNDS = tuple(name for name in BACKGROUNDS if name != "black")
 _STYLE_MOST = 2
-"""Things in a styled picture: of three, outlines leave too little for the VAE to tell their shapes."""
+"""Things in a styled picture. Of three on a dusky ground, or of any on a black one, the VAE loses the shapes."""
 
 
 class Question(NamedTuple):

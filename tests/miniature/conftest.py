@@ -14,12 +14,12 @@ from anima_peft.pipeline import AnimaPipeline
 from anima_peft.training.run import train
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "examples"
-_LOKR = {"network_module": "networks.lokr_anima", "max_train_steps": "900"}
+# At factor 8, the usual one, a LoKr has 640 numbers for a layer of the miniature, too few for the figure's shape.
+_LOKR = {"network_module": "networks.lokr_anima", "network_args": "lokr_factor=2"}
 NETWORKS: dict[str, dict[str, str]] = {
     "lora": {},
-    # What LoKr learns of a layer is small here, 640 numbers at factor 8: it takes a higher rate, or a smaller factor.
-    "lokr full": {**_LOKR, "network_dim": "100000", "network_alpha": "100000", "learning_rate": "7e-3"},
-    "lokr low-rank": {**_LOKR, "network_args": "lokr_factor=4", "learning_rate": "5e-3"},
+    "lokr full": {**_LOKR, "network_dim": "100000", "network_alpha": "100000", "learning_rate": "1.5e-3"},
+    "lokr low-rank": {**_LOKR, "learning_rate": "3e-3"},
 }
 Teach = Callable[..., Path]
 
