@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..pipeline import AnimaPipeline
-from .drawing import BACKGROUNDS, FIGURE, SIDE, Scene, shape_scenes
+from .drawing import BACKGROUNDS, FIGURE, KNOWN_FIGURES, SIDE, Scene, shape_scenes
 
 STEPS, GUIDANCE_SCALE = 12, 3.0
 """How the exams are drawn."""
@@ -75,12 +75,14 @@ def _style_scenes() -> list[Scene]:
 
 
 def style_set() -> list[tuple[Image.Image, str]]:
-    """16 pictures in the style, each of another scene, and 16 ordinary ones."""
-    return _paint(_style_scenes()[:16], "style set")
+    """16 pictures in the style, half of shapes and half of one figure each, so that it is none of them; 16 ordinary."""
+    chance = random.Random("style")
+    figures = [Scene(name, chance.choice(_STYLE_BACKGROUNDS), styled=True) for name in KNOWN_FIGURES]
+    return _paint([*_style_scenes()[:8], *figures], "style set")
 
 
 def style_exam() -> list[Question]:
-    """30 scenes that are not in the set, in the style."""
+    """30 scenes of shapes that are not in the set, in the style."""
     return [Question(scene, 3000 + number) for number, scene in enumerate(_style_scenes()[16:46])]
 
 
