@@ -142,7 +142,7 @@ def test_miniature_scores_rise_with_the_strength(taught: Taught, pipe: AnimaPipe
 @pytest.mark.timeout(1200)
 def test_miniature_shows_figure_and_style_together(taught: Taught, pipe: AnimaPipeline) -> None:
     for concept in ("figure", "style"):
-        pipe.load_lora_weights(taught(concept, norms=False), adapter_name=concept)
+        pipe.load_lora_weights(taught(concept), adapter_name=concept)
     exam = figure_exam(styled=True)
 
     def verdicts(**strengths: float) -> tuple[float, float]:
